@@ -1,0 +1,1414 @@
+"""Score-based Generative Unlearning (SGU) in one file: train a diffusion model, make it forget a class, measure what is left.
+
+    python sgu.py                                    digits drawn from fonts, nothing to download
+    python sgu.py --dataset mnist --forget 3,7       the paper's first experiment
+    python sgu.py --help                             every option
+
+The file follows the paper "Unlearning is better than unseen": 1 schedules (Eq. 3), 2 network, 3 losses (Eq. 5, 8-14),
+4 samplers (Eq. 4), 5 likelihood, 6 inpainting and reconstruction, 7 training (Eq. 11), 8 data, 9 the judge, 10 the command.
+
+Notation, used everywhere:
+    x0 ~ D     data; D_g are the images to keep (the paper's SFG), D_f the images to forget (NSFG); p_g, p_f their densities
+    x_t        a(t) x0 + s(t) z with z ~ N(0, I) and t in [0, 1], so p_0t(x_t | x0) = N(a x0, s^2 I)
+    score      grad_x log p_t(x), always. Any function score(x, t) with x: (B, ...) and t: (B,) will do: a network or a formula
+    e          predicted noise, e = -s(t) score(x_t, t); the training target of e is z, the training target of score is u = -z/s
+Every loss below is a mean over pixels, in units of this noise, so that its weight means the same on 2 and on 12,288 dimensions.
+"""
+import argparse, copy, dataclasses, hashlib, json, math, os, pathlib, platform, signal, sys, time, zlib
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def expand(v, x):
+    """(B,) -> (B, 1, ..., 1), so that one number per sample multiplies x: (B, ...)."""
+    return v.reshape(-1, *[1] * (x.dim() - 1))
+
+
+# =====================================================================================================================
+# 1. Noise schedules.  Eq. 3:  dx = f(x, t) dt + g(t) dw  from data (t = 0) to noise (t = 1)
+#
+# Each has marginal(t) -> (a, s), the drift f, the diffusion g, and the prior that p_1 is close to. f is linear in x, so
+#     a' = (f/x) a   and   d(s^2)/dt = 2 (f/x) s^2 + g^2            (a test checks both by finite differences)
+# sigma = s/a, the noise-to-signal ratio, is the clock that all three share; time(sigma) inverts it.
+# =====================================================================================================================
+
+class VE:
+    """Variance exploding: a = 1, s = sigma_min (sigma_max/sigma_min)^t, so log s is uniform when t is."""
+    t_min = 0.0                                    # the smallest t that training and samplers visit (s = sigma_min there)
+
+    def __init__(self, sigma_min=0.01, sigma_max=50.):
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def marginal(self, t):
+        """t: (B,) in [0, 1] -> a(t): (B,), s(t): (B,)."""
+        return torch.ones_like(t), self.sigma_min * (self.sigma_max / self.sigma_min) ** t
+
+    def time(self, sigma):
+        """The t: (B,) at which s/a equals sigma: (B,)."""
+        return (sigma / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
+
+    def drift(self, x, t):
+        """f(x, t): (B, ...)."""
+        return torch.zeros_like(x)
+
+    def diffusion(self, t):
+        """g(t): (B,)."""
+        return self.marginal(t)[1] * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
+
+    def prior_sample(self, shape, generator=None, device=None):
+        """x_1 ~ N(0, sigma_max^2 I): shape."""
+        return self.sigma_max * torch.randn(shape, generator=generator, device=device)
+
+    def prior_log_prob(self, x):
+        """log N(x; 0, sigma_max^2 I): (B,) in nats, in float64 where the device has it."""
+        return normal_log_prob(x, self.sigma_max)
+
+
+class VP:
+    """Variance preserving: f = -beta(t) x / 2, g = sqrt(beta), beta(t) = beta_min + t (beta_max - beta_min); s^2 = 1 - a^2."""
+    t_min = 1e-4                                   # s(0) = 0, and a score -z/s has no meaning there
+
+    def __init__(self, beta_min=0.1, beta_max=20.):
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    def log_a(self, t):
+        return -t ** 2 * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2      # -1/2 int_0^t beta
+
+    def beta(self, t):
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def marginal(self, t):
+        """t: (B,) in [0, 1] -> a(t): (B,), s(t): (B,)."""
+        log_a = self.log_a(t)
+        return log_a.exp(), (-torch.expm1(2 * log_a)).sqrt()         # expm1: exact where s is small
+
+    def time(self, sigma):
+        """The t: (B,) at which s/a equals sigma: (B,); from log a = -log(1 + sigma^2)/2 and the quadratic formula."""
+        b0, db = self.beta_min, self.beta_max - self.beta_min
+        return 2 * torch.log1p(sigma ** 2) / (b0 + (b0 ** 2 + 2 * db * torch.log1p(sigma ** 2)).sqrt())
+
+    def drift(self, x, t):
+        """f(x, t): (B, ...)."""
+        return -0.5 * expand(self.beta(t), x) * x
+
+    def diffusion(self, t):
+        """g(t): (B,)."""
+        return self.beta(t).sqrt()
+
+    def prior_sample(self, shape, generator=None, device=None):
+        """x_1 ~ N(0, I): shape."""
+        return torch.randn(shape, generator=generator, device=device)
+
+    def prior_log_prob(self, x):
+        """log N(x; 0, I): (B,) in nats, in float64 where the device has it."""
+        return normal_log_prob(x, 1.0)
+
+
+class DDPM(VP):
+    """The discrete chain x_k = sqrt(1 - beta_k) x_{k-1} + sqrt(beta_k) z, k = 1..n_steps, at t = k / n_steps (Appendix B).
+
+    At those times marginal() is the chain's own, a^2 = prod_{j<=k} (1 - beta_j). Between them log a is interpolated linearly,
+    which makes DDPM a VP process with piecewise constant beta: every sampler and the likelihood of this file accept it.
+    """
+
+    def __init__(self, n_steps=1000, beta_min=1e-4, beta_max=0.02):
+        self.n_steps, self.t_min = n_steps, 1 / n_steps
+        self.betas = torch.linspace(beta_min, beta_max, n_steps, dtype=torch.float64)
+        self.knots = F.pad(torch.log1p(-self.betas).cumsum(0) / 2, (1, 0))               # log a at k = 0..n_steps
+
+    def step(self, t):
+        """The chain's step k: (B,) in 1..n_steps that ends at or after t: (B,)."""
+        return (t * self.n_steps - 1e-4).ceil().long().clamp(1, self.n_steps)
+
+    def log_a(self, t):
+        k, knots = self.step(t), self.knots.to(t)
+        return knots[k] + (knots[k] - knots[k - 1]) * (t * self.n_steps - k)
+
+    def beta(self, t):
+        return -2 * self.n_steps * torch.log1p(-self.betas.to(t))[self.step(t) - 1]
+
+    def time(self, sigma):
+        """The first chain time k / n_steps: (B,) whose s/a is at least sigma: (B,)."""
+        k = torch.searchsorted(-self.knots.to(sigma), torch.log1p(sigma ** 2) / 2 * (1 - 1e-5))
+        return k.clamp(1, self.n_steps).to(sigma) / self.n_steps
+
+
+def normal_log_prob(x, std):
+    """log N(x; 0, std^2 I) summed over all axes but the first: (B, ...) -> (B,) in nats."""
+    x = wide(x).flatten(1)
+    return -0.5 * (x / std).square().sum(1) - x.shape[1] * math.log(std * math.sqrt(2 * math.pi))
+
+
+def wide(x):
+    """x in float64; on the CPU if its device has no float64 (Apple's mps)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+# =====================================================================================================================
+# 2. The network: a small U-Net, and the score made from it
+# =====================================================================================================================
+
+class Block(nn.Module):
+    """Residual block: two 3x3 convolutions; the time embedding scales and shifts the second one's input."""
+
+    def __init__(self, c_in, c_out, c_emb):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.film = nn.Linear(c_emb, 2 * c_out)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)             # every block starts as the identity
+
+    def forward(self, x, emb):                                                         # x: (B, c_in, h, w), emb: (B, c_emb)
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, dim=1)                # each (B, c_out, 1, 1)
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over the h*w positions of the coarsest level."""
+
+    def __init__(self, c, heads=4):
+        super().__init__()
+        self.heads, self.norm, self.qkv, self.out = heads, nn.GroupNorm(8, c), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
+        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(3, 4).unbind(1)
+        y = F.scaled_dot_product_attention(q, k, v)                                    # (B, heads, h*w, c/heads)
+        return x + self.out(y.transpose(2, 3).reshape(b, c, h, w))
+
+
+class UNet(nn.Module):
+    """Time-conditioned U-Net, (B, C, H, W), (B,) -> (B, C, H, W).
+
+    patch folds patch x patch pixels into channels first, so that no convolution runs at full resolution: for 28x28 digits
+    patch=2 costs a quarter of the arithmetic and runs near a CPU's peak. H and W must divide by patch * 2^(levels - 1).
+    """
+
+    def __init__(self, image_channels=1, channels=(64, 128), blocks=1, patch=2, attention=True):
+        super().__init__()
+        self.config = dict(image_channels=image_channels, channels=list(channels), blocks=blocks, patch=patch, attention=attention)
+        c_emb, self.patch = 4 * channels[0], patch
+        self.register_buffer("freqs", torch.linspace(0, math.log(30), 16).exp())       # log sigma spans about 10 units
+        self.embed = nn.Sequential(nn.Linear(32, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb), nn.SiLU())
+        self.inp = nn.Conv2d(image_channels * patch ** 2, channels[0], 3, padding=1)
+        self.down, self.up, widths, c = nn.ModuleList(), nn.ModuleList(), [], channels[0]
+        for level, width in enumerate(channels):
+            if level > 0:
+                self.down.append(nn.Conv2d(c, width, 3, stride=2, padding=1)); c = width
+            for _ in range(blocks):
+                self.down.append(Block(c, width, c_emb)); c = width
+                widths.append(c)
+        self.mid = nn.ModuleList([Block(c, c, c_emb), Attention(c) if attention else nn.Identity(), Block(c, c, c_emb)])
+        for level, width in reversed(list(enumerate(channels))):
+            for _ in range(blocks):
+                self.up.append(Block(c + widths.pop(), width, c_emb)); c = width
+            if level > 0:
+                self.up.append(nn.Conv2d(c, channels[level - 1], 3, padding=1)); c = channels[level - 1]
+        self.norm, self.out = nn.GroupNorm(8, c), nn.Conv2d(c, image_channels * patch ** 2, 3, padding=1)
+        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x, noise):                               # x: (B, C, H, W), noise: (B,) is log(sigma) / 4
+        angles = noise[:, None] * self.freqs                   # (B, 16)
+        emb = self.embed(torch.cat([angles.sin(), angles.cos()], dim=1))
+        h = self.inp(F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last))
+        skips = []
+        for layer in self.down:
+            h = layer(h, emb) if isinstance(layer, Block) else layer(h)
+            if isinstance(layer, Block):
+                skips.append(h)
+        h = self.mid[2](self.mid[1](self.mid[0](h, emb)), emb)
+        for layer in self.up:
+            if isinstance(layer, Block):
+                h = layer(torch.cat([h, skips.pop()], dim=1), emb)
+            else:
+                h = layer(F.interpolate(h, scale_factor=2, mode="nearest"))
+        return F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.patch)
+
+
+def make_score(model, sde, data_std=0.5, precision="float32"):
+    """The function score(x, t) = -e/s of a network F = model(input, log(sigma)/4).
+
+    Preconditioning (Karras et al. 2022, their Table 1): with y = x/a = x0 + sigma z, the denoised image is a fixed mix of y
+    and the network, so F has unit-variance inputs and targets at every noise level and need not learn e ~ y/sigma at high
+    noise. Solved for the noise e = (y - denoised)/sigma this is the line below. precision: 'float32' or 'bfloat16' for F.
+    """
+    def score(x, t):
+        a, s = (expand(v, x) for v in sde.marginal(t))
+        sigma = s / a
+        total = (sigma ** 2 + data_std ** 2).sqrt()                                    # the standard deviation of y
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            f = model(x / a / total, sigma.flatten().log() / 4).float()
+        return -(sigma * x / a / total ** 2 - data_std / total * f) / s
+    return score
+
+
+# =====================================================================================================================
+# 3. Losses.  Eq. 5, 8, 12 (keep), Eq. 9, 13 (orthogonal), Eq. 10, 14 (obtuse), Eq. 11 (their sum)
+#
+#                          noise units, mean over D pixels      minimised over e(x_t) alone, with the keep loss (see notebook 8)
+#     score matching       mean_i (e_i - z_i)^2                 e = e_g, the noise of D_g
+#     SGU-Orthogonal       (e.z / D)^2, an INNER product        shrinks e where D_f dominates: bounded, leaves noise
+#     SGU-Obtuse           e.z / D                              pushes e away from e_f with strength p_f/p_g: unbounded
+#
+# Signs: score = -e/s and u = -z/s, so score.u = e.z/s^2. Obtuse MINIMISES e.z: it turns the score away from the forgotten data.
+# Weights: the paper's lambda(t) is s^2 (continuous) or beta_k/(2 (1 - beta_k)(1 - abar_k)) (DDPM, sigma_k^2 = beta_k).
+#     'noise'   weight 1 on the formulas above: the default, because no noise level can drown the others
+#     'paper'   lambda(t) times the paper's formula in score units. For Eq. 5, 8, 10 that is the same; for Eq. 9 it is 1/s^2
+#     a function of t: (B,) -> weight (B,): anything else
+# =====================================================================================================================
+
+def predict_noise(score, sde, x0, t, z, generator):
+    """Noise x0 and let score say what the noise was. Returns t: (B,), e and z: (B, D); draws t ~ U[t_min, 1] and z if None."""
+    if t is None:
+        t = sde.t_min + (1 - sde.t_min) * torch.rand(len(x0), generator=generator, device=x0.device)
+        if isinstance(sde, DDPM):
+            t = sde.step(t) / sde.n_steps
+    if z is None:
+        z = torch.randn(x0.shape, generator=generator, device=x0.device)
+    a, s = (expand(v, x0) for v in sde.marginal(t))
+    e = -s * score(a * x0 + s * z, t)
+    return t, e.flatten(1), z.flatten(1)
+
+
+def loss_weight(sde, t, weighting, power=0):
+    """The weight (B,) of the table above; power is the power of 1/s that lambda(t) leaves on the loss ('paper', continuous)."""
+    if callable(weighting):
+        return weighting(t)
+    if weighting == "noise":
+        return torch.ones_like(t)
+    if weighting != "paper":
+        raise ValueError(f"weighting must be 'noise', 'paper' or a function of t, not {weighting!r}")
+    if isinstance(sde, DDPM):
+        beta = sde.betas.to(t)[sde.step(t) - 1]
+        return beta / (2 * (1 - beta) * sde.marginal(t)[1] ** 2)
+    return sde.marginal(t)[1] ** -power
+
+
+def score_matching_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
+    """Eq. 5, 8 and 12: mean_i (e_i - z_i)^2, averaged over the batch. x0: (B, ...) -> scalar >= 0, per pixel."""
+    t, e, z = predict_noise(score, sde, x0, t, z, generator)
+    return (loss_weight(sde, t, weighting) * (e - z).square().mean(1)).mean()
+
+
+def orthogonal_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
+    """Eq. 9 and 13: (e.z / D)^2, a squared inner product, averaged over the batch. x0: (B, ...) from D_f -> scalar >= 0.
+
+    The square is outside the sum over pixels. Written elementwise, mean_i (e_i z_i)^2, its only minimum would be e = 0.
+    """
+    t, e, z = predict_noise(score, sde, x0, t, z, generator)
+    return (loss_weight(sde, t, weighting, power=2) * (e * z).mean(1).square()).mean()
+
+
+def obtuse_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
+    """Eq. 10 and 14: e.z / D = s^2 score.u / D, averaged over the batch. x0: (B, ...) from D_f -> scalar of either sign.
+
+    Descending it makes the angle between score and u obtuse. It has no lower bound: the keep loss and few steps hold it.
+    """
+    t, e, z = predict_noise(score, sde, x0, t, z, generator)
+    return (loss_weight(sde, t, weighting) * (e * z).mean(1)).mean()
+
+
+def sgu_loss(score, sde, x_g, x_f, alpha, forget_loss=orthogonal_loss, weighting="noise", generator=None):
+    """Eq. 11: alpha keep(x_g) + (1 - alpha) forget(x_f). x_g: (B, ...) from D_g, x_f: (B', ...) from D_f -> scalar."""
+    return (alpha * score_matching_loss(score, sde, x_g, weighting=weighting, generator=generator)
+            + (1 - alpha) * forget_loss(score, sde, x_f, weighting=weighting, generator=generator))
+
+
+# =====================================================================================================================
+# 4. Samplers.  Eq. 4, from t = 1 down:  dx = [f(x, t) - g(t)^2 score(x, t)] dt + g(t) dw
+#
+# All share one grid of times, evenly spaced in sigma^(1/7) (Karras et al. 2022): long steps in noise, short ones near data.
+# The grid and its coefficients are float64 numbers on the CPU; images stay float32 on their device. All end with one step to
+# the mean E[x0 | x_t] = (x + s^2 score)/a, which removes the last, invisible noise.
+# =====================================================================================================================
+
+def time_grid(sde, steps, t_max=1.0, rho=7):
+    """steps + 1 times from t_max down to sde.t_min, float64 on the CPU."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    ends = torch.tensor([t_max, sde.t_min], dtype=torch.float64)
+    a, s = sde.marginal(ends)
+    first, last = (s / a) ** (1 / rho)
+    t = sde.time(torch.linspace(0, 1, steps + 1, dtype=torch.float64).mul(last - first).add(first) ** rho)
+    t[0], t[-1] = ends
+    return t
+
+
+def score_at(score, x, t):
+    """score at one time t (a float or 0-d tensor) for the whole batch x: (B, ...)."""
+    return score(x, torch.full((len(x),), float(t), dtype=x.dtype, device=x.device))
+
+
+def noise_like(x, generator):
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def denoise(score, sde, x, t):
+    """E[x0 | x_t] = (x + s^2 score)/a (Tweedie): the mean image behind x: (B, ...) at time t."""
+    a, s = map(float, sde.marginal(torch.as_tensor(t, dtype=torch.float64)))
+    return (x + s ** 2 * score_at(score, x, t)) / a
+
+
+def reverse_step(score, sde, x, t, t_next, generator):
+    """One Euler-Maruyama step of Eq. 4 from t down to t_next."""
+    dt, g, tb = float(t - t_next), float(sde.diffusion(t)), t.reshape(1).to(x)
+    return x - (sde.drift(x, tb) - g ** 2 * score_at(score, x, t)) * dt + g * math.sqrt(dt) * noise_like(x, generator)
+
+
+def langevin_step(score, sde, x, t, snr, generator):
+    """One corrector step, x + eps score + sqrt(2 eps) z with eps = 2 (snr s(t))^2: leaves p_t as it is, up to O(eps).
+
+    The popular step 2 (snr |z|/|score|)^2 divides by a norm that unlearning can bring to 0 and that ties the batch together.
+    In high dimension |z|/|score| is s(t), and s(t) is what we use.
+    """
+    eps = 2 * (snr * float(sde.marginal(t)[1])) ** 2
+    return x + eps * score_at(score, x, t) + math.sqrt(2 * eps) * noise_like(x, generator)
+
+
+@torch.no_grad()
+def euler_maruyama(score, sde, shape, steps=200, generator=None, device=None):
+    """Samples of Eq. 4 by Euler-Maruyama. shape: (B, ...) -> x: (B, ...) near [-1, 1]; steps + 1 network evaluations."""
+    x = sde.prior_sample(shape, generator, device)
+    grid = time_grid(sde, steps)
+    for t, t_next in zip(grid, grid[1:]):
+        x = reverse_step(score, sde, x, t, t_next, generator)
+    return denoise(score, sde, x, grid[-1])
+
+
+@torch.no_grad()
+def predictor_corrector(score, sde, shape, steps=100, snr=0.16, corrector_steps=1, generator=None, device=None):
+    """Euler-Maruyama, each step followed by Langevin corrections (Song et al. 2021). steps (1 + corrector_steps) + 1 evaluations."""
+    x = sde.prior_sample(shape, generator, device)
+    grid = time_grid(sde, steps)
+    for t, t_next in zip(grid, grid[1:]):
+        x = reverse_step(score, sde, x, t, t_next, generator)
+        for _ in range(corrector_steps):
+            x = langevin_step(score, sde, x, t_next, snr, generator)
+    return denoise(score, sde, x, grid[-1])
+
+
+@torch.no_grad()
+def ode_sample(score, sde, shape, steps=25, generator=None, device=None):
+    """Samples of the probability flow dx/dt = f - g^2 score / 2, by Heun's method. 2 steps + 1 network evaluations.
+
+    Substituting y = x/a and sigma = s/a turns this equation into dy/dsigma = e = -s score for all three schedules: the 1/2 goes
+    into d(sigma^2) = (g/a)^2 dt. In y and sigma paths are nearly straight, so few steps do (Karras et al. 2022).
+    """
+    grid = time_grid(sde, steps)
+    a, s = sde.marginal(grid)
+    y, sigma = sde.prior_sample(shape, generator, device) / float(a[0]), s / a
+    noise = lambda y, i: -float(s[i]) * score_at(score, float(a[i]) * y, grid[i])
+    for i in range(steps):
+        h, e = float(sigma[i + 1] - sigma[i]), noise(y, i)
+        y = y + h / 2 * (e + noise(y + h * e, i + 1))
+    return denoise(score, sde, float(a[-1]) * y, grid[-1])
+
+
+@torch.no_grad()
+def ancestral_sample(score, sde, shape, steps=None, generator=None, device=None):
+    """DDPM's own sampler: x_{k-1} = (x_k + beta_k score)/sqrt(1 - beta_k) + sqrt(beta_k) z, no noise at the last step.
+
+    steps < sde.n_steps walks an even subset of the chain, whose beta is 1 - a(t)^2/a(t_next)^2. x: (B, ...); steps evaluations.
+    """
+    n = sde.n_steps
+    if not 1 <= (steps := steps or n) <= n:
+        raise ValueError(f"ancestral steps must be in 1..{n}, not {steps}")
+    x = sde.prior_sample(shape, generator, device)
+    chain = torch.linspace(n, 0, steps + 1, dtype=torch.float64).round() / n
+    log_a = sde.log_a(chain)
+    for i in range(steps):
+        log_keep = 2 * float(log_a[i] - log_a[i + 1])                                  # log(1 - beta)
+        beta = -math.expm1(log_keep)
+        x = (x + beta * score_at(score, x, chain[i])) / math.exp(log_keep / 2)
+        if i + 1 < steps:
+            x = x + math.sqrt(beta) * noise_like(x, generator)
+    return x
+
+
+# =====================================================================================================================
+# 5. Likelihood: the instantaneous change of variables along the probability flow.  With y = x/a and dy/dsigma = e:
+#
+#     log p_0(x_0) = log p_1(x_1) + D log(a_1/a_0) + int_{sigma_0}^{sigma_1} div_y e  dsigma
+#
+# One evaluation costs one forward pass and one vector-Jacobian product: e gives the path, v.(de/dy v) with random signs v the
+# divergence (Hutchinson), or all D rows of the Jacobian give it exactly. The grid is fixed and the signs of an image are seeded
+# by the image itself, so that its likelihood does not depend on the batch it comes in.
+# =====================================================================================================================
+
+def log_likelihood(score, sde, x, steps=32, probes=1, exact=False, generator=None):
+    """log p(x) under the probability flow of score. x: (B, ...) -> (B,) in nats, float64; 2 steps (network + gradient) evaluations.
+
+    probes: random sign vectors per evaluation. exact: the divergence from D gradients, for few dimensions. Error of the grid:
+    compare with twice the steps, it falls fourfold (Heun's method is of second order).
+    """
+    seed = int(torch.randint(2 ** 62, (1,), generator=generator, device=generator.device if generator else None))
+    signs = [torch.Generator().manual_seed(seed ^ zlib.crc32(xi.detach().cpu().float().numpy().tobytes())) for xi in x]
+    grid = time_grid(sde, steps).flip(0)                                               # from data to noise
+    a, s = sde.marginal(grid)
+    sigma, y, log_p = s / a, x.detach() / float(a[0]), 0.0
+
+    def noise_and_divergence(y, i):
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            e = -float(s[i]) * score_at(score, float(a[i]) * y, grid[i])
+            if exact:
+                rows = range(y[0].numel())
+                div = sum(torch.autograd.grad(e.flatten(1)[:, j].sum(), y, retain_graph=True)[0].flatten(1)[:, j] for j in rows)
+                return e.detach(), wide(div)
+            div = 0
+            for _ in range(probes):
+                v = torch.stack([torch.randint(2, y.shape[1:], generator=g) for g in signs]).to(y) * 2 - 1
+                vjp, = torch.autograd.grad((e * v).sum(), y, retain_graph=True)        # v (de/dy), one backward pass for the batch
+                div = div + wide((vjp * v).flatten(1).sum(1)) / probes
+            return e.detach(), div
+
+    for i in range(steps):
+        h = float(sigma[i + 1] - sigma[i])
+        e, div = noise_and_divergence(y, i)
+        e_next, div_next = noise_and_divergence(y + h * e, i + 1)
+        y = y + h / 2 * (e + e_next)
+        log_p = log_p + h / 2 * (div + div_next)
+    d = x[0].numel()
+    return log_p + sde.prior_log_prob(float(a[-1]) * y) + d * float((a[-1] / a[0]).log())
+
+
+def bits_per_dim(score, sde, x, steps=32, probes=1, exact=False, generator=None):
+    """Negative log-likelihood of 8-bit images in bits/dim. x: (B, C, H, W) in [-1, 1] -> (B,).
+
+    Uniform dequantisation first: level k in 0..255 becomes y = 2 (k + u)/256 - 1 with u ~ U[0, 1). A density over y is one over
+    levels divided by 128 per pixel, hence -log2 p(y)/D + 7 (the paper's code leaves +8, right for data in [0, 1], in its tables).
+    """
+    if float(x.min()) < -1 or float(x.max()) > 1:
+        raise ValueError(f"bits_per_dim needs images in [-1, 1]; these span [{float(x.min()):.3g}, {float(x.max()):.3g}]")
+    levels = ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
+    nats = log_likelihood(score, sde, dequantise(levels, generator), steps, probes, exact, generator)
+    return -nats / (x[0].numel() * math.log(2)) + 7
+
+
+def dequantise(levels, generator=None):
+    """uint8 levels (B, ...) -> 2 (k + u)/256 - 1 in [-1, 1], u ~ U[0, 1) new at every call."""
+    u = torch.rand(levels.shape, generator=generator, device=levels.device)
+    return (levels + u) / 128 - 1
+
+
+# =====================================================================================================================
+# 6. Zero-shot uses of a score: inpainting (Table 3) and reconstruction (Table 4)
+# =====================================================================================================================
+
+@torch.no_grad()
+def inpaint(score, sde, x, mask, steps=100, snr=0.16, generator=None):
+    """Fill the pixels where mask is 0. x: (B, C, H, W), mask: the same shape or one that broadcasts, 1 = known -> (B, C, H, W).
+
+    Predictor-corrector from pure noise; before every evaluation the known pixels are replaced by themselves at that noise level.
+    Unknown pixels of x are dropped first, so the answer cannot leak, and known pixels come back bit for bit.
+    """
+    known = mask.to(x.device).bool().expand_as(x)
+    x = torch.where(known, x, torch.zeros_like(x))
+    grid = time_grid(sde, steps)
+
+    def pin(y, t):
+        a, s = map(float, sde.marginal(t))
+        return torch.where(known, a * x + s * noise_like(x, generator), y)
+
+    y = pin(sde.prior_sample(x.shape, generator, x.device), grid[0])
+    for t, t_next in zip(grid, grid[1:]):
+        y = pin(reverse_step(score, sde, y, t, t_next, generator), t_next)
+        y = pin(langevin_step(score, sde, y, t_next, snr, generator), t_next)
+    return torch.where(known, x, denoise(score, sde, y, grid[-1]))
+
+
+@torch.no_grad()
+def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
+    """Noise x: (B, ...) to time t, then walk Eq. 4 back to data: (B, ...). A score that forgot x cannot find the way back."""
+    if not 0 <= t <= 1:
+        raise ValueError(f"reconstruct needs t in [0, 1], not {t}")
+    if t <= sde.t_min:
+        return x.clone()
+    grid = time_grid(sde, steps, t_max=t)
+    a, s = map(float, sde.marginal(grid[0]))
+    y = a * x + s * noise_like(x, generator)
+    for now, then in zip(grid, grid[1:]):
+        y = reverse_step(score, sde, y, now, then, generator)
+    return denoise(score, sde, y, grid[-1])
+
+
+# =====================================================================================================================
+# 7. Training.  Eq. 11 by Adam: Standard (D), Unseen (D_g alone), SGU from scratch or from Standard's weights (D_g and D_f)
+#
+# Which t to train at matters more than anything else in a short run: half the draws are uniform in log sigma (the paper's
+# t ~ U[0, 1] for VE), half sit around sigma = 1, where digits take shape. The keep loss is weighted by 1 + (sigma/data_std)^2,
+# which makes the loss of the preconditioned network F equally large at every noise level (Karras et al. 2022).
+# =====================================================================================================================
+
+def sample_times(sde, n, generator=None, device=None, window=(0., 1.)):
+    """n stratified training times in window: (n,). Even entries uniform in log sigma, odd ones log sigma ~ N(0, 1.5^2)."""
+    ends = torch.tensor([max(window[0], sde.t_min), window[1]], dtype=torch.float64)
+    a, s = sde.marginal(ends)
+    lo, hi = (s / a).log().tolist()
+    u = (torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)) / n
+    u = u[torch.randperm(n, generator=generator, device=device)]                       # so that even and odd both cover (0, 1)
+    cdf = lambda z: 0.5 * (1 + math.erf(z / math.sqrt(2)))
+    shape = 1.5 * torch.special.ndtri((cdf(lo / 1.5) + u * (cdf(hi / 1.5) - cdf(lo / 1.5))).clamp(1e-6, 1 - 1e-6))
+    log_sigma = torch.where(torch.arange(n, device=device) % 2 == 0, lo + u * (hi - lo), shape)
+    return sde.time(log_sigma.clamp(lo, hi).exp()).clamp(float(ends[0]), float(ends[1]))
+
+
+def keep_weight(sde, data_std=0.5):
+    """The weight 1 + (sigma/data_std)^2 of the keep loss, as a function of t."""
+    def weight(t):
+        a, s = sde.marginal(t)
+        return 1 + (s / a / data_std) ** 2
+    return weight
+
+
+def draw(data, n, generator):
+    """n random images of data: uint8 (dequantised to [-1, 1]) or float (as they are)."""
+    x = data[torch.randint(len(data), (n,), generator=generator, device=data.device)]
+    return dequantise(x, generator) if x.dtype == torch.uint8 else x
+
+
+def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, steps, batch_size=128, lr=1e-3, warmup=100,
+          ema_decay=0.999, window=(0., 1.), weighting=None, forget_weighting="noise", precision="float32", data_std=0.5, seed=0,
+          state=None):
+    """Train model in place by Eq. 11, ema following it; a generator that yields after every step.
+
+    keep, forget: (N, ...) uint8 or float tensors on the model's device. forget_loss: any function with the signature of
+    obtuse_loss. window: the times t at which the forget loss acts. state: what snapshot() returned, to go on from there.
+    Yields dict(step, steps, keep, forget, snapshot): losses per pixel; snapshot() -> dict for torch.save.
+    Raises FloatingPointError at the first non-finite loss, naming the step and the time t.
+    """
+    device = keep.device
+    score = make_score(model, sde, data_std, precision)
+    weighting = weighting or keep_weight(sde, data_std)
+    optimiser = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))
+    # Two streams of random numbers: with alpha = 1 the keep stream, hence the result, is that of plain training, bit for bit.
+    streams = [torch.Generator(device).manual_seed(2 * seed + i) for i in (0, 1)]
+    done = 0
+    if state is not None:
+        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimiser.load_state_dict(state["optimiser"])
+        done = state["step"]
+        for g, saved in zip(streams, state["streams"]):
+            g.set_state(saved.cpu())
+    else:
+        ema.load_state_dict(model.state_dict())        # an EMA carried over from Standard would still remember the class
+
+    def term(loss_fn, data, g, w, window, n):
+        x0, t = draw(data, n, g), sample_times(sde, n, g, device, window)
+        loss = loss_fn(score, sde, x0, t=t, weighting=w, generator=g)
+        if not torch.isfinite(loss):
+            with torch.no_grad():
+                bad = [f"{ti:.4f}" for xi, ti in zip(x0, t) if not torch.isfinite(loss_fn(score, sde, xi[None], t=ti[None], weighting=w))]
+            raise FloatingPointError(f"the {'keep' if loss_fn is score_matching_loss else 'forget'} loss is {float(loss.detach())} at step "
+                                     f"{done + 1}, t = {', '.join(bad[:3]) or 'any'}; lower the learning rate, or raise alpha to give "
+                                     "the forget loss a smaller share")
+        return loss
+
+    def snapshot():
+        return dict(model=model.state_dict(), ema=ema.state_dict(), optimiser=optimiser.state_dict(), step=done,
+                    streams=[g.get_state() for g in streams])
+
+    while done < steps:
+        lr_now = lr * min((done + 1) / min(warmup, steps), 1) * 0.5 * (1 + math.cos(math.pi * done / steps))
+        for group in optimiser.param_groups:
+            group["lr"] = lr_now
+        loss_g = term(score_matching_loss, keep, streams[0], weighting, (0., 1.), batch_size)
+        total, loss_f = alpha * loss_g, torch.zeros(())
+        if forget is not None and alpha < 1:
+            loss_f = term(forget_loss, forget, streams[1], forget_weighting, window, batch_size)
+            total = total + (1 - alpha) * loss_f
+        optimiser.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        done += 1
+        decay = min(ema_decay, (1 + done) / (10 + done))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        yield dict(step=done, steps=steps, keep=float(loss_g.detach()), forget=float(loss_f.detach()), snapshot=snapshot)
+
+
+# =====================================================================================================================
+# 8. Data: tensors of uint8 in memory, (N, C, H, W), with integer labels (N,). No worker processes, nothing to wait for
+# =====================================================================================================================
+
+class UsageError(Exception):
+    """Something the user can mend; the command prints it as one line and exits with 2."""
+
+
+DIGITS = [str(i) for i in range(10)]
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+DATASETS = dict(        # name: (default --forget, default --sde, the files torchvision looks for below --data-root)
+    glyphs=("3,7", "ve", ""),
+    mnist=("3,7", "ve", "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"),
+    fashion=("Sneaker", "ve", "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"),
+    kmnist=("0", "ve", "KMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"),
+    cifar10=("automobile,dog", "vp", "cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}"),
+    stl10=("airplane", "vp", "stl10_binary/{train,test}_{X,y}.bin and class_names.txt"),
+    celeba=("Bangs", "vp", "celeba/{img_align_celeba/*.jpg,list_attr_celeba.txt,list_eval_partition.txt,...}"),
+)
+
+
+def load_data(name, root="data"):
+    """A data set as dict(name, train, train_labels, test, test_labels, classes).
+
+    name: one of DATASETS, or the path of an .npz with images (N, H, W) or (N, H, W, C) uint8, labels (N,) or attributes (N, A),
+    and, if you like, class_names or attribute_names, and split (N,) with 0 for training. torchvision downloads what is missing
+    below root. Labels of attribute data are (N, A) bool; see choose(). Raises UsageError saying which file to put where.
+    """
+    if name.endswith(".npz"):
+        return load_npz(name)
+    if name == "glyphs":
+        train, test = draw_glyphs(12000, seed=0), draw_glyphs(2000, seed=1)
+        return dict(name=name, train=train[0], train_labels=train[1], test=test[0], test_labels=test[1], classes=DIGITS)
+    if name not in DATASETS:
+        raise UsageError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}, or give the path of an .npz file")
+    import contextlib, io
+    from torchvision import datasets
+    loaders = dict(mnist=datasets.MNIST, fashion=datasets.FashionMNIST, kmnist=datasets.KMNIST, cifar10=datasets.CIFAR10,
+                   stl10=datasets.STL10, celeba=datasets.CelebA)
+    files = f"put {DATASETS[name][2]} into {root}"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):                               # torchvision talks about every mirror it tries
+            if name in ("stl10", "celeba"):
+                parts = [loaders[name](root, split=split, download=True) for split in ("train", "test")]
+            else:
+                parts = [loaders[name](root, train=train, download=True) for train in (True, False)]
+            data = dict(name=name, classes=list(getattr(parts[0], "classes", None) or parts[0].attr_names))
+            for part, split in zip(parts, ("train", "test")):
+                data[split], data[split + "_labels"] = to_tensors(part, name)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"data set {name} is not complete below {root} and cannot be downloaded ({reason}); {files}") from None
+    except Exception as error:                                                         # torchvision parses what it finds
+        raise UsageError(f"a data file of {name} below {root} is damaged ({type(error).__name__}: {error}); delete it and run again, or {files}") from None
+    if name in ("mnist", "fashion", "kmnist"):
+        data["classes"] = data["classes"] if name == "fashion" else DIGITS
+    return data
+
+
+def to_tensors(part, name):
+    """A torchvision data set -> images (N, C, H, W) uint8 (STL-10 and CelebA at 64x64), labels (N,) int64 or (N, 40) bool."""
+    if name == "celeba":
+        crop = lambda image: torch.from_numpy(np.array(image.crop((15, 35, 163, 183)).resize((64, 64), 4)))   # centre 148, box filter
+        return torch.stack([crop(part[i][0]) for i in range(len(part))]).permute(0, 3, 1, 2).contiguous(), part.attr[:, :40].bool()
+    x = torch.as_tensor(np.asarray(part.data))
+    if name == "cifar10":
+        x = x.permute(0, 3, 1, 2).contiguous()
+    elif name == "stl10":
+        x = resize(x, 64)
+    else:
+        x = x[:, None]
+    y = torch.as_tensor(np.asarray(part.labels if name == "stl10" else part.targets)).long()
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} images but {len(y)} labels")
+    return x, y
+
+
+def resize(x, side):
+    """uint8 (N, C, H, W) -> (N, C, side, side), antialiased, in pieces of 1,000 images."""
+    shrink = lambda part: F.interpolate(part.float(), size=(side, side), mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)
+    return torch.cat([shrink(part) for part in x.split(1000)])
+
+
+def load_npz(path):
+    """The documented route for data of your own: see load_data."""
+    try:
+        with np.load(path) as z:
+            z = {k: z[k] for k in z.files}
+        x = torch.from_numpy(z["images"])
+        y = torch.from_numpy(z["attributes"]).bool() if "attributes" in z else torch.from_numpy(z["labels"]).long()
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}") from None
+    except Exception as error:
+        raise UsageError(f"{path} is damaged or has no 'images' and 'labels' (or 'attributes'): {type(error).__name__}: {error}") from None
+    if x.dtype != torch.uint8 or x.dim() not in (3, 4) or len(x) != len(y):
+        raise UsageError(f"{path}: images must be uint8 (N, H, W) or (N, H, W, C), one label each; found {x.dtype} {tuple(x.shape)}, {len(y)} labels")
+    x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
+    if x.shape[2] > 64:
+        x = resize(x, 64)
+    names = z.get("attribute_names" if "attributes" in z else "class_names", np.arange(y.shape[1] if y.dim() == 2 else int(y.max()) + 1))
+    test = torch.from_numpy(np.asarray(z["split"])) != 0 if "split" in z else torch.arange(len(x)) % 6 == 5
+    return dict(name=pathlib.Path(path).stem, train=x[~test], train_labels=y[~test], test=x[test], test_labels=y[test], classes=[str(n) for n in names])
+
+
+def draw_glyphs(n, seed, side=28):
+    """n digits from the fonts that matplotlib ships, each shifted, rotated, scaled, slanted and thickened at random.
+
+    -> images (n, 1, side, side) uint8, white on black, labels (n,) int64. Nothing is downloaded; the same seed draws the same digits.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    fonts = "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10 cmss10 cmtt10"
+    plates = []                                                                         # every digit of every font, large
+    for font in fonts.split():
+        for digit in DIGITS:
+            figure = Figure(figsize=(1, 1), dpi=64, facecolor="black")
+            canvas = FigureCanvasAgg(figure)
+            path = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", font + ".ttf")
+            figure.text(0.5, 0.5, digit, font=path, size=58, color="white", ha="center", va="center_baseline")
+            canvas.draw()
+            plates.append(np.asarray(canvas.buffer_rgba())[:, :, 0].copy())
+    plates = torch.from_numpy(np.stack(plates)).float()[:, None] / 255                  # (fonts * 10, 1, 64, 64)
+    thick = torch.stack([plates, F.max_pool2d(plates, 3, 1, 1), F.max_pool2d(plates, 5, 1, 2)])     # (3, fonts * 10, 1, 64, 64)
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda lo, hi: lo + (hi - lo) * torch.rand(n, generator=g)
+    which, stroke = torch.randint(len(plates), (n,), generator=g), torch.randint(3, (n,), generator=g)
+    angle, scale, slant, dx, dy = rand(-0.25, 0.25), rand(0.85, 1.25), rand(-0.2, 0.2), rand(-0.15, 0.15), rand(-0.15, 0.15)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    affine = torch.stack([cos, -sin + slant, dx, sin, cos, dy], dim=1).view(n, 2, 3)
+    images = []
+    for i in torch.arange(n).split(2000):
+        grid = F.affine_grid(affine[i], (len(i), 1, 2 * side, 2 * side), align_corners=False)
+        images.append(F.avg_pool2d(F.grid_sample(thick[stroke[i], which[i]], grid, align_corners=False), 2))
+    return (torch.cat(images) * 255).round().clamp(0, 255).to(torch.uint8), which % 10
+
+
+def choose(data, forget):
+    """Split a data set by what to forget: 'automobile,dog' or '3,7' or 'Bangs' (names in any case, or numbers).
+
+    Adds forget (class numbers) to data, and turns attribute data into two classes, 'no Bangs' and 'Bangs'.
+    """
+    names, numbers = data["classes"], []
+    for word in forget.split(","):
+        word = word.strip()
+        matches = [i for i, name in enumerate(names) if name.lower() == word.lower()]
+        if not matches and word.isdigit() and int(word) < len(names):
+            matches = [int(word)]
+        if not matches:
+            raise UsageError(f"--forget {forget}: no class {word!r} in {data['name']}; choose from {', '.join(names)}" if word
+                             else "--forget is empty: name at least one class, for instance --forget 3,7")
+        if matches[0] in numbers:
+            raise UsageError(f"--forget {forget}: {names[matches[0]]} is listed twice")
+        numbers += matches
+    data = dict(data)
+    if data["train_labels"].dim() == 2:
+        for key in ("train_labels", "test_labels"):
+            data[key] = data[key][:, numbers].any(1).long()
+        chosen = "+".join(names[i] for i in numbers)
+        names, numbers = [f"no {chosen}", chosen], [1]
+    if len(numbers) == len(names):
+        raise UsageError(f"--forget {forget}: nothing would be left to keep")
+    data.update(classes=names, forget=numbers)
+    for key in ("train", "test"):
+        if not 0 < int(is_forgotten(data, key).sum()) < len(data[key]):
+            raise UsageError(f"--forget {forget}: the {key} images of {data['name']} have nothing to forget or nothing to keep")
+    return data
+
+
+def is_forgotten(data, key):
+    """(N,) bool: which of data['train'] or data['test'] are to be forgotten."""
+    return torch.isin(data[key + "_labels"], torch.tensor(data["forget"]))
+
+
+# =====================================================================================================================
+# 9. The judge: a classifier trained on the real data. It says what a sample shows (unlearning ratio), how sure it is, and,
+# by the distance of its features, how far kept samples are from kept images. That distance is NOT the FID: another network.
+# =====================================================================================================================
+
+class Judge(nn.Module):
+    """A nine-layer residual network, (B, C, H, W) in [-1, 1] -> logits (B, K); features(x): (B, 8 width)."""
+
+    def __init__(self, image_channels, classes, width):
+        super().__init__()
+        def conv(c_in, c_out, pool):
+            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(),
+                                 nn.MaxPool2d(2) if pool else nn.Identity())
+        self.config = dict(image_channels=image_channels, classes=classes, width=width)
+        w = width
+        self.stem, self.two = conv(image_channels, w, False), conv(w, 2 * w, True)
+        self.res2, self.four = nn.Sequential(conv(2 * w, 2 * w, False), conv(2 * w, 2 * w, False)), conv(2 * w, 4 * w, True)
+        self.eight, self.res8 = conv(4 * w, 8 * w, True), nn.Sequential(conv(8 * w, 8 * w, False), conv(8 * w, 8 * w, False))
+        self.head = nn.Linear(8 * w, classes)
+        self.to(memory_format=torch.channels_last)
+
+    def features(self, x):
+        x = self.two(self.stem(x.contiguous(memory_format=torch.channels_last)))
+        x = self.eight(self.four(x + self.res2(x)))
+        return (x + self.res8(x)).amax((2, 3))
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def train_judge(data, width=16, epochs=4, lr=6e-3, batch_size=256, flip=False, precision="float32", device="cpu", seed=0):
+    """A Judge of data, by AdamW, one cycle of the rate, random shifts (and flips), label smoothing; a generator that yields
+    (step, steps, judge) after every step. Judge weights depend on seed alone."""
+    x, y = data["train"].to(device), data["train_labels"].to(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge = Judge(x.shape[1], len(data["classes"]), width).to(device)
+    g = torch.Generator().manual_seed(seed)
+    per_epoch = max(len(x) // batch_size, 1)
+    steps = epochs * per_epoch
+    optimiser = torch.optim.AdamW(judge.parameters(), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.2)
+    pad = max(x.shape[2] // 14, 2)
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = torch.randperm(len(x), generator=g)
+        batch = order[step % per_epoch * batch_size:][:batch_size].to(device)
+        i, j, mirror = *torch.randint(2 * pad + 1, (2,), generator=g).tolist(), flip and torch.rand(1, generator=g) < 0.5
+        image = F.pad(x[batch].float() / 127.5 - 1, [pad] * 4, value=-1.)[:, :, i:i + x.shape[2], j:j + x.shape[3]]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = F.cross_entropy(judge(image.flip(3) if mirror else image), y[batch], label_smoothing=0.05)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        yield step + 1, steps, judge
+    judge.eval()
+
+
+@torch.no_grad()
+def opinions(judge, x):
+    """x: (N, C, H, W) uint8 -> the judge's probabilities (N, K) and features (N, F), float32 on the CPU."""
+    device, probs, features = next(judge.parameters()).device, [], []
+    judge.eval()
+    for part in x.split(500):
+        f = judge.features(part.to(device).float() / 127.5 - 1)
+        features.append(f.float().cpu())
+        probs.append(judge.head(f).softmax(1).float().cpu())
+    return torch.cat(probs), torch.cat(features)
+
+
+def wilson(k, n, z=1.959964):
+    """95% interval [lo, hi] of a proportion k/n (Wilson), a fraction."""
+    centre, spread = (k + z * z / 2) / (n + z * z), z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+    return [max(0.0, centre - spread), min(1.0, centre + spread)]
+
+
+def frechet(f1, f2):
+    """Squared Frechet distance of the Gaussians fitted to features f1: (N, F) and f2: (M, F)."""
+    (m1, c1), (m2, c2) = ((f.double().mean(0), torch.cov(f.double().T)) for f in (f1, f2))
+    root = lambda c: (lambda l, v: (v * l.clamp(min=0).sqrt()) @ v.T)(*torch.linalg.eigh(c))
+    r = root(c1)
+    return float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * root(r @ c2 @ r).trace())
+
+
+def judged(probs, features, data, reference):
+    """What the results say of generated images. probs: (N, K), features: (N, F), reference: features (M, F) of real D_g images."""
+    n, classes = probs.shape
+    label, forgotten = probs.argmax(1), torch.tensor(data["forget"])
+    hit = torch.isin(label, forgotten)
+    share = {data["classes"][c]: int((label == c).sum()) / n for c in range(classes)}
+    kept = features[~hit]
+    return dict(unlearning_ratio={**{data["classes"][c]: share[data["classes"][c]] for c in data["forget"]},
+                                  "total": int(hit.sum()) / n, "n": n, "ci95": wilson(int(hit.sum()), n)},
+                unsure=int((probs.amax(1) < 0.5).sum()) / n, class_histogram=share,
+                frechet_kept=frechet(kept, reference) if len(kept) > 1 else None)
+
+
+# =====================================================================================================================
+# 10. The command: python sgu.py --dataset mnist --forget 3,7
+# =====================================================================================================================
+
+METHODS = dict(             # name: (what it is trained on, forget loss, its default alpha)
+    standard=("D", None, 1.0),
+    unseen=("D_g", None, 1.0),
+    orthogonal=("D_g, D_f", orthogonal_loss, 0.9),
+    obtuse=("D_g, D_f", obtuse_loss, 0.95),
+)
+TITLES = dict(standard="Standard", unseen="Unseen", orthogonal="SGU-Orthogonal", obtuse="SGU-Obtuse")
+SAMPLERS = dict(em=euler_maruyama, pc=predictor_corrector, ode=ode_sample, ancestral=ancestral_sample)
+SAMPLER_STEPS = dict(em=100, pc=50, ode=20, ancestral=None)
+
+# What fits a machine. side of the image, kind of device -> network, training and how much to measure.
+PRESETS = {
+    ("glyphs", "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=700, batch_size=64, lr=2e-3, samples=400, likelihood_samples=20, judge=(16, 3)),
+    (28, "cpu"): dict(channels=(48, 96), patch=2, blocks=1, steps=1600, batch_size=128, lr=2e-3, samples=2000, likelihood_samples=100, judge=(16, 4)),
+    (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, likelihood_samples=1000, judge=(32, 8)),
+    (32, "cpu"): dict(channels=(64, 128), patch=2, blocks=1, steps=6000, batch_size=128, lr=1e-3, samples=1000, likelihood_samples=64, judge=(32, 10)),
+    (32, "gpu"): dict(channels=(128, 256, 256), patch=1, blocks=2, steps=60000, batch_size=256, lr=5e-4, samples=10000, likelihood_samples=1000, judge=(64, 24)),
+    (64, "cpu"): dict(channels=(48, 96, 192), patch=2, blocks=1, steps=6000, batch_size=64, lr=1e-3, samples=500, likelihood_samples=32, judge=(32, 10)),
+    (64, "gpu"): dict(channels=(128, 256, 256, 256), patch=2, blocks=2, steps=60000, batch_size=128, lr=5e-4, samples=10000, likelihood_samples=1000, judge=(64, 30)),
+}
+
+
+def option(default, text, **kw):
+    return dataclasses.field(default=default, metadata=dict(help=text, **kw))
+
+
+@dataclasses.dataclass
+class Options:
+    """Every option of the command. None means: the preset of this data set and device (PRESETS), printed at the start."""
+    dataset: str = option("glyphs", "glyphs (drawn from fonts), mnist, fashion, kmnist, cifar10, stl10, celeba, or the path of an .npz")
+    forget: str = option(None, "what to forget: class or attribute names or numbers, separated by commas", metavar="3,7")
+    methods: str = option("standard,unseen,orthogonal,obtuse", "which models to make, of " + ", ".join(METHODS))
+    training: str = option("finetune", "how the SGU models are made: fine-tuned from Standard, or retrained from scratch", choices=("finetune", "retrain"))
+    pretrained: str = option(None, "a standard.pt of an earlier run to start from instead of training Standard", metavar="FILE")
+    sde: str = option(None, "noise schedule (default ve for digits, vp for colour images)", choices=("ve", "vp", "ddpm"))
+    alpha: float = option(None, "weight of the keep loss in Eq. 11, in [0, 1]; 1 - alpha weighs the forget loss (default 0.9 orthogonal, 0.95 obtuse)")
+    forget_window: str = option("0,1", "times t between which the forget loss acts", metavar="LO,HI")
+    weighting: str = option("noise", "weight of the forget loss: noise units, or the paper's lambda(t)", choices=("noise", "paper"))
+    steps: int = option(None, "training steps of Standard and Unseen")
+    unlearn_steps: int = option(None, "fine-tuning steps of the SGU models (default 15%% of --steps)")
+    batch_size: int = option(None, "images per step")
+    lr: float = option(None, "peak learning rate of Adam")
+    unlearn_lr: float = option(None, "peak learning rate of the fine-tuning (default half of --lr)")
+    sampler: str = option(None, "em, pc, ode, or ancestral (default ode, for ddpm ancestral)", choices=tuple(SAMPLERS))
+    sampler_steps: int = option(None, "sampler steps (default %s)" % ", ".join(f"{k} {v or 1000}" for k, v in SAMPLER_STEPS.items()))
+    samples: int = option(None, "images to draw from each model")
+    likelihood_samples: int = option(None, "test images of D_g and of D_f whose likelihood is computed")
+    tasks: str = option("sample,likelihood", "what to measure: sample, likelihood, inpaint, reconstruct")
+    device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option("float32", "arithmetic of the network", choices=("float32", "bfloat16"))
+    compile: bool = option(False, "torch.compile the network: pays in long runs on a GPU")
+    seed: int = option(0, "one number decides everything random")
+    data_root: str = option("data", "folder of the data sets; missing files are downloaded there", metavar="DIR")
+    out: str = option(None, "folder of the results (default runs/<dataset>-<forget>)", metavar="DIR")
+    fresh: bool = option(False, "delete what an earlier run left in --out and start over")
+
+
+def parse_options(argv=None):
+    """argv -> Options; one line and exit code 2 for what argparse can judge alone."""
+    parser = argparse.ArgumentParser(prog="sgu.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"sgu: {message}\n")
+    for field in dataclasses.fields(Options):
+        meta = {k: v for k, v in field.metadata.items()}
+        if field.default is None:
+            meta["default"] = argparse.SUPPRESS                                         # the help text says where it comes from
+        if field.type is bool:
+            parser.add_argument("--" + field.name.replace("_", "-"), action="store_true", help=meta["help"])
+        else:
+            parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, **{"default": field.default, **meta})
+    return Options(**vars(parser.parse_args(argv)))
+
+
+def resolve(opt):
+    """Fill in presets and check everything that can be checked before any work. Returns (opt, device, data)."""
+    def require(ok, message):
+        if not ok:
+            raise UsageError(message)
+    opt = dataclasses.replace(opt)
+    kinds = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if opt.device == "auto":
+        opt.device = next(name for name in ("cuda", "mps", "cpu") if kinds[name])
+    require(kinds[opt.device], f"--device {opt.device}: this machine or this build of torch has none; use --device cpu")
+    methods = opt.methods.split(",")
+    for name in methods:
+        require(name in METHODS, f"--methods: unknown method {name!r}; choose from {', '.join(METHODS)}")
+    require(len(set(methods)) == len(methods), f"--methods {opt.methods}: a method is listed twice")
+    tuned = [m for m in methods if METHODS[m][1]]
+    require(not tuned or opt.training == "retrain" or "standard" in methods, f"--methods: {', '.join(tuned)} by fine-tuning needs standard in the list too")
+    for name in opt.tasks.split(","):
+        require(name in ("sample", "likelihood", "inpaint", "reconstruct"), f"--tasks: unknown task {name!r}; choose from sample, likelihood, inpaint, reconstruct")
+    require(opt.alpha is None or 0 <= opt.alpha <= 1, f"--alpha must be in [0, 1], not {opt.alpha}")
+    if opt.alpha == 0:
+        print("sgu: warning: --alpha 0 drops the keep loss, so everything will be forgotten", file=sys.stderr)
+    try:
+        lo, hi = map(float, opt.forget_window.split(","))
+    except ValueError:
+        raise UsageError(f"--forget-window {opt.forget_window}: give two times, for instance 0,0.8") from None
+    require(0 <= lo < hi <= 1, f"--forget-window {opt.forget_window}: needs 0 <= lo < hi <= 1")
+    default_forget, default_sde, _ = DATASETS.get(opt.dataset, (None, "vp", ""))
+    opt.forget, opt.sde = default_forget if opt.forget is None else opt.forget, opt.sde or default_sde
+    require(opt.forget is not None, "--forget: say what to forget, for instance --forget 3,7")
+    opt.sampler = opt.sampler or ("ancestral" if opt.sde == "ddpm" else "ode")
+    require(opt.sampler != "ancestral" or opt.sde == "ddpm", "--sampler ancestral belongs to --sde ddpm")
+    for name in ("steps", "unlearn_steps", "batch_size", "lr", "unlearn_lr", "sampler_steps", "samples", "likelihood_samples"):
+        value = getattr(opt, name)
+        require(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} must be positive, not {value}")
+    opt.out = opt.out or f"runs/{pathlib.Path(opt.dataset).stem}-{opt.forget.replace(' ', '')}"
+    out = pathlib.Path(opt.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch(), (out / ".writable").unlink()
+    except OSError as error:
+        raise UsageError(f"--out {opt.out}: cannot write there ({error.strerror}); choose another folder") from None
+
+    data = choose(load_data(opt.dataset, opt.data_root), opt.forget)
+    side, kind = data["train"].shape[2], "cpu" if opt.device == "cpu" else "gpu"
+    preset = PRESETS.get((data["name"], kind)) or PRESETS[28 if side <= 28 else 32 if side <= 32 else 64, kind]
+    if opt.sampler_steps is None:
+        opt.sampler_steps = SAMPLER_STEPS[opt.sampler] or DDPM().n_steps
+    for name in ("steps", "batch_size", "lr", "samples", "likelihood_samples"):
+        if getattr(opt, name) is None:
+            setattr(opt, name, preset[name])
+    opt.unlearn_steps = opt.unlearn_steps or max(1, round(0.15 * opt.steps))
+    opt.unlearn_lr = opt.unlearn_lr or opt.lr / 2
+    unit = preset["patch"] * 2 ** (len(preset["channels"]) - 1)
+    require(data["train"].shape[2] == data["train"].shape[3] and side % unit == 0, f"images of {data['name']} are {tuple(data['train'].shape[2:])}; they must be square, with a side that divides by {unit}")
+    data["preset"] = preset
+    return opt, torch.device(opt.device), data
+
+
+def make_sde(name):
+    return dict(ve=VE, vp=VP, ddpm=DDPM)[name]()
+
+
+def replace_file(path, write):
+    """Write a file under another name and rename it: whoever kills the run leaves the old file or the new one, never half of one."""
+    path = pathlib.Path(path)
+    temporary = path.with_name("." + path.name)
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save_json(path, obj):
+    replace_file(path, lambda p: p.write_text(json.dumps(obj, indent=1) + "\n"))
+
+
+def save_checkpoint(path, obj):
+    replace_file(path, lambda p: torch.save(obj, p))
+
+
+def read_checkpoint(path):
+    """A checkpoint written by this file: a dict of tensors and plain values. Raises UsageError for anything else."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"there is no checkpoint {path}") from None
+    except Exception as error:
+        raise UsageError(f"checkpoint {path} is damaged or not one of ours ({type(error).__name__}); delete it and run again") from None
+    if not isinstance(saved, dict) or saved.get("format") != "sgu-1":
+        raise UsageError(f"checkpoint {path} was not written by sgu.py; delete it and run again, or choose another --out")
+    return saved
+
+
+def load_model(path, device="cpu"):
+    """A finished <method>.pt -> (network with its averaged weights, sde); make_score(*load_model(path)) is its score."""
+    saved = read_checkpoint(path)
+    try:
+        model = UNet(**saved["network"])
+        model.load_state_dict(saved["ema"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UsageError(f"checkpoint {path} does not fit this sgu.py ({str(error).splitlines()[0]}); delete it and run again") from None
+    return model.to(device).eval().requires_grad_(False), make_sde(saved["sde"])
+
+
+class Progress:
+    """A bar with the time left, on the terminal; on a file one line at the end of each stage."""
+
+    def __init__(self, label, total, done=0):
+        self.label, self.total, self.first, self.start, self.shown = label, total, done, time.time(), 0.0
+
+    def __call__(self, done, note=""):
+        now, live = time.time(), sys.stderr.isatty()
+        if done < self.total and (not live or now - self.shown < 0.2):
+            return
+        self.shown, spent = now, now - self.start
+        left = spent / max(done - self.first, 1) * (self.total - done)
+        bar = "#" * (24 * done // self.total)
+        print(f"{chr(13) if live else ''}{self.label:<26} [{bar:<24}] {done}/{self.total}  {spent:4.0f} s, {left:.0f} s left  {note:<32}",
+              end="" if live and done < self.total else "\n", file=sys.stderr, flush=True)
+
+
+CHECKPOINT_SECONDS = 30
+
+
+def run(opt, interrupted=lambda: False):
+    """All stages of the command; every finished stage is on disk and is not repeated. Returns the results dict."""
+    asked, (opt, device, data) = opt, resolve(opt)
+    out, preset, sde = pathlib.Path(opt.out), data["preset"], make_sde(opt.sde)
+    free = ("out", "data_root", "fresh", "methods", "tasks")                           # these change what is done, not its outcome
+    config = {k: v for k, v in dataclasses.asdict(opt).items() if k not in free}
+    config["network"] = dict(image_channels=data["train"].shape[1], channels=list(preset["channels"]), blocks=preset["blocks"], patch=preset["patch"], attention=True)
+    config["judge"] = list(preset["judge"])
+    if opt.fresh:
+        for old in out.glob("*"):
+            if old.suffix in (".pt", ".json", ".npz", ".png", ".md"):
+                old.unlink()
+    results = dict(config=config, command=command_of(asked), device=describe(device),
+                   versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__), seconds={}, judge={}, methods={})
+    if (out / "results.json").exists():
+        try:
+            old = json.loads((out / "results.json").read_text())
+            before = {k: old["config"].get(k) for k in config}
+            old["methods"], old["seconds"], old["judge"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(f"{out / 'results.json'} is damaged or not one of ours; delete it, or use --fresh to start over") from None
+        changed = [f"{k} {before[k]} -> {config[k]}" for k in config if before[k] != config[k]]
+        if changed:
+            raise UsageError(f"{out} holds a run with other options ({'; '.join(changed)}); use --fresh to start over, or another --out")
+        results = {**results, **{k: old[k] for k in ("seconds", "judge", "methods")}}
+
+    def stage(name, seconds):
+        results["seconds"][name] = round(results["seconds"].get(name, 0) + seconds, 1)
+        save_json(out / "results.json", results)
+
+    def pause():
+        if interrupted():
+            raise KeyboardInterrupt
+
+    print(f"{data['name']}: forget {', '.join(data['classes'][c] for c in data['forget'])} of {len(data['classes'])} classes, {opt.sde} on {results['device']}; "
+          f"{opt.steps} steps of {opt.batch_size}, fine-tuning {opt.unlearn_steps}; results in {out}", file=sys.stderr)
+    judge = get_judge(out, data, preset, opt, device, results, stage, pause)
+    tasks = opt.tasks.split(",")
+    sure, reference = opinions(judge, data["test"][~is_forgotten(data, "test")])
+    results["judge"]["floor"] = float(torch.isin(sure.argmax(1), torch.tensor(data["forget"])).float().mean())
+    for method in opt.methods.split(","):
+        entry = results["methods"].setdefault(method, {})
+        model = get_model(method, out, data, opt, config["network"], sde, device, stage, pause)
+        score = make_score(torch.compile(model) if opt.compile else model, sde, precision=opt.precision)
+        if "sample" in tasks and "unlearning_ratio" not in entry:
+            images = get_samples(method, score, sde, out, data, opt, device, stage, pause)
+            entry.update(judged(*opinions(judge, images), data, reference))
+            save_json(out / "results.json", results)
+        if "likelihood" in tasks and "nll_bits_per_dim" not in entry:
+            entry["nll_bits_per_dim"] = measure_likelihood(method, score, sde, data, opt, device, stage, pause)
+            save_json(out / "results.json", results)
+    results["seconds"]["total"] = round(sum(v for k, v in results["seconds"].items() if k != "total"), 1)
+    save_json(out / "results.json", results)
+    table = make_table(results)
+    replace_file(out / "table.md", lambda p: p.write_text(table))
+    draw_pictures(out, data, opt)
+    print(table + f"\nPictures, table and checkpoints are in {out}: before_after.png, losses.png, samples_<method>.png, table.md, results.json")
+    return results
+
+
+def command_of(opt):
+    """The command line that gives these Options, for the results file; where files lie is left out."""
+    given = {f.name: getattr(opt, f.name) for f in dataclasses.fields(opt) if getattr(opt, f.name) != f.default and f.name not in ("out", "data_root", "fresh")}
+    return " ".join(["python sgu.py"] + [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in given.items()])
+
+
+def describe(device):
+    """The machine in words, for the results file."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = next((line.split(":")[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+                 platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()
+    return f"{model or platform.machine()}, {torch.get_num_threads()} threads" + (", mps" if device.type == "mps" else "")
+
+
+def get_judge(out, data, preset, opt, device, results, stage, pause):
+    """The judge of this run, from judge.pt or trained now."""
+    path, (width, epochs) = out / "judge.pt", preset["judge"]
+    if path.exists():
+        saved = read_checkpoint(path)
+        judge = Judge(**saved["network"]).to(device)
+        judge.load_state_dict(saved["model"])
+    else:
+        start, bar = time.time(), None
+        for step, steps, judge in train_judge(data, width, epochs, flip=data["train"].shape[1] == 3, device=device, seed=opt.seed):
+            bar = bar or Progress("judge", steps)
+            bar(step)
+            pause()
+        save_checkpoint(path, dict(format="sgu-1", network=judge.config, model=judge.state_dict()))
+        stage("judge", time.time() - start)
+    right = opinions(judge, data["test"])[0].argmax(1) == data["test_labels"]
+    results["judge"]["test_accuracy"] = float(right.float().mean())
+    return judge
+
+
+def get_model(method, out, data, opt, network, sde, device, stage, pause):
+    """The averaged network of a method: from <method>.pt, or trained (on) now, saving every CHECKPOINT_SECONDS."""
+    path, forget_loss = out / f"{method}.pt", METHODS[method][1]
+    if method == "standard" and opt.pretrained and not path.exists():
+        saved = read_checkpoint(opt.pretrained)
+        if saved.get("sde") != opt.sde or not saved.get("finished"):
+            raise UsageError(f"--pretrained {opt.pretrained}: holds no finished {opt.sde} model")
+        load_model(opt.pretrained)
+        save_checkpoint(path, saved)
+    saved = read_checkpoint(path) if path.exists() else dict(format="sgu-1", method=method, network=network, sde=opt.sde, finished=False, state=None, losses=[])
+    if saved["finished"]:
+        return load_model(path, device)[0]
+    forgotten = is_forgotten(data, "train")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(opt.seed)
+        model = UNet(**network).to(device)
+    tune = forget_loss is not None and opt.training == "finetune"
+    if tune and saved["state"] is None:
+        model.load_state_dict(load_model(out / "standard.pt")[0].state_dict())
+    ema = copy.deepcopy(model).requires_grad_(False)
+    keep = (data["train"] if method == "standard" else data["train"][~forgotten]).to(device)
+    forget = data["train"][forgotten].to(device) if forget_loss else None
+    alpha = METHODS[method][2] if opt.alpha is None else opt.alpha
+    steps, lr = (opt.unlearn_steps, opt.unlearn_lr) if tune else (opt.steps, opt.lr)
+    first = saved["state"]["step"] if saved["state"] else 0
+    bar, start, last, info = Progress(f"train {method}", steps, first), time.time(), time.time(), None
+
+    def save(finished):
+        nonlocal start, last
+        saved.update(finished=finished, state=None if finished else info["snapshot"](), ema=ema.state_dict())
+        save_checkpoint(path, saved)
+        stage(f"train {method}", time.time() - start)
+        start = last = time.time()
+
+    fast = torch.compile(model) if opt.compile else model
+    for info in train(fast, ema, sde, keep, forget, forget_loss, alpha, steps=steps, batch_size=opt.batch_size, lr=lr, warmup=steps // 20 + 1,
+                      window=tuple(map(float, opt.forget_window.split(","))), forget_weighting=opt.weighting, precision=opt.precision,
+                      seed=opt.seed, state=saved["state"]):
+        if info["step"] % 10 == 0 or info["step"] == steps:
+            saved["losses"].append([info["step"], info["keep"], info["forget"]])
+        bar(info["step"], f"keep {info['keep']:.4f}" + (f"  forget {info['forget']:+.4f}" if forget_loss else ""))
+        if info["step"] < steps and (time.time() - last > CHECKPOINT_SECONDS):
+            save(False)
+        try:
+            pause()
+        except KeyboardInterrupt:
+            save(info["step"] == steps)
+            raise
+    save(True)
+    return ema.eval()
+
+
+def get_samples(method, score, sde, out, data, opt, device, stage, pause):
+    """opt.samples images of a model, (N, C, H, W) uint8, kept in samples_<method>.npz; the same noise for every method."""
+    path, images = out / f"samples_{method}.npz", []
+    chunk = 250 if device.type == "cpu" else 1000
+    if path.exists():
+        try:
+            images = list(torch.from_numpy(np.load(path)["images"]).split(chunk))
+        except Exception:
+            raise UsageError(f"{path} is damaged; delete it and run again") from None
+    bar, start = Progress(f"sample {method}", opt.samples, sum(map(len, images))), time.time()
+    while (done := sum(map(len, images))) < opt.samples:
+        n = min(chunk, opt.samples - done)
+        g = torch.Generator(device).manual_seed(opt.seed * 1_000_003 + len(images))
+        x = SAMPLERS[opt.sampler](score, sde, (n, *data["train"].shape[1:]), steps=opt.sampler_steps, generator=g, device=device)
+        images.append(((x.clamp(-1, 1) + 1) * 128).floor().clamp(0, 255).to(torch.uint8).cpu())
+        replace_file(path, lambda p: np.savez_compressed(open(p, "wb"), images=torch.cat(images).numpy()))
+        bar(sum(map(len, images)))
+        stage(f"sample {method}", time.time() - start)
+        start = time.time()
+        pause()
+    return torch.cat(images)
+
+
+def measure_likelihood(method, score, sde, data, opt, device, stage, pause):
+    """Bits/dim of the first test images of D_g and D_f (the same for every method): mean, n, standard error of the mean."""
+    forgotten, result, chunk = is_forgotten(data, "test"), {}, 50 if device.type == "cpu" else 250
+    for key, mask in (("D_g", ~forgotten), ("D_f", forgotten)):
+        x, bits, start = data["test"][mask][:opt.likelihood_samples], [], time.time()
+        bar = Progress(f"likelihood {method} {key}", len(x))
+        for i, part in enumerate(x.split(chunk)):
+            g = torch.Generator(device).manual_seed(opt.seed * 1_000_003 + i)
+            bits.append(bits_per_dim(score, sde, (part.to(device) + 0.5) / 128 - 1, generator=g).cpu())
+            bar(sum(map(len, bits)))
+            pause()
+        bits = torch.cat(bits)
+        result[key], result.setdefault("se", {})[key] = float(bits.mean()), float(bits.std() / math.sqrt(len(bits)))
+        result.setdefault("n", {})[key] = len(bits)
+        stage(f"likelihood {method}", time.time() - start)
+    return result
+
+
+# The paper's Table 2: (data set, schedule) -> class rows of the unlearning ratio in %, then D_g and D_f in bits/dim (with its +8, see
+# notebook 1), each for Standard, Orthogonal, Obtuse, Unseen.
+PAPER = {
+    ("mnist", "ve"): {"3": (11.0, 0.4, 1.5, 1.8), "7": (15.8, 0.8, 3.6, 2.3), "total": (26.8, 1.2, 5.1, 4.1),
+                      "D_g": (2.82, 3.92, 3.70, 3.07), "D_f": (2.78, 13.23, 12.08, 3.01)},
+    ("cifar10", "vp"): {"automobile": (11.2, 1.9, 0.9, 3.4), "dog": (13.4, 10.0, 11.5, 10.8), "total": (24.6, 11.9, 12.4, 14.2),
+                        "D_g": (3.12, 3.22, 3.28, 3.09), "D_f": (3.20, 5.94, 4.37, 3.21)},
+    ("stl10", "vp"): {"airplane": (12.1, 2.4, 3.6, 3.8), "total": (12.1, 2.4, 3.6, 3.8), "D_g": (2.90, 2.90, 2.92, 2.90), "D_f": (2.19, 8.94, 9.25, 2.32)},
+    ("celeba", "vp"): {"Bangs": (19.6, 3.5, 0.7, 6.7), "total": (19.6, 3.5, 0.7, 6.7)},
+}
+
+
+def make_table(results):
+    """results (the content of results.json) -> Markdown: the paper's Table 2 with its row beside ours, then what it does not report."""
+    config, methods = results["config"], results["methods"]
+    order = [m for m in ("standard", "orthogonal", "obtuse", "unseen") if m in methods] + [m for m in methods if m not in TITLES]
+    paper = PAPER.get((config["dataset"] if config["dataset"] in DATASETS else pathlib.Path(config["dataset"]).stem, config["sde"]), {})
+    quote = lambda row, scale: [f"{paper[row][('standard', 'orthogonal', 'obtuse', 'unseen').index(m)]:{scale}}" if m in TITLES and row in paper else "" for m in order]
+    row = lambda name, who, cells: f"| {name} | {who} | " + " | ".join(cells) + " |"
+    head = lambda title: [row(title, "", [TITLES.get(m, m) for m in order]), "|---|---|" + "---:|" * len(order)]
+    measured = [methods[m] for m in order]
+    lines = [f"{config['dataset']}, {config['sde']}, forget {config['forget']}; {results['device']}; seed {config['seed']}; `{results['command']}`", ""]
+    if all("unlearning_ratio" in m for m in measured):
+        lines += head("unlearning ratio, %")
+        for name in [k for k in measured[0]["unlearning_ratio"] if k not in ("n", "ci95")]:
+            lines.append(row(name, "ours", [f"{100 * m['unlearning_ratio'][name]:.1f}" + (
+                f" [{100 * m['unlearning_ratio']['ci95'][0]:.1f}, {100 * m['unlearning_ratio']['ci95'][1]:.1f}]" if name == "total" else "") for m in measured]))
+            if name in paper:
+                lines.append(row("", "paper", quote(name, ".1f")))
+        lines += ["", f"n = {measured[0]['unlearning_ratio']['n']} samples a method, 95% Wilson interval; {config['sampler']} sampler, {config['sampler_steps']} steps. "
+                  f"Judge: our own CNN, test accuracy {100 * results['judge']['test_accuracy']:.2f}%, finds {100 * results['judge']['floor']:.2f}% forgotten classes in real D_g images (its floor).", ""]
+        lines += head("quality")
+        lines.append(row("judge unsure, %", "ours", [f"{100 * m['unsure']:.1f}" for m in measured]))
+        lines.append(row("Frechet distance, kept", "ours", [f"{m['frechet_kept']:.2f}" if m["frechet_kept"] is not None else "-" for m in measured]))
+        lines.append("")
+    if all("nll_bits_per_dim" in m for m in measured):
+        lines += head("NLL, bits/dim")
+        for key in ("D_g", "D_f"):
+            lines.append(row(key, "ours", [f"{m['nll_bits_per_dim'][key]:.2f} ± {m['nll_bits_per_dim']['se'][key]:.2f}" for m in measured]))
+            if key in paper:
+                lines.append(row("", "paper", quote(key, ".2f")))
+        n = measured[0]["nll_bits_per_dim"]["n"]
+        lines += ["", f"n = {n['D_g']} and {n['D_f']} test images, ± one standard error."]
+    return "\n".join(lines) + "\n"
+
+
+def draw_pictures(out, data, opt):
+    """samples_<method>.png (what the judge calls forgotten is framed), before_after.png, losses.png, from what the run left in out."""
+    import matplotlib
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+    methods, found = opt.methods.split(","), {}
+    show = lambda ax, image: ax.imshow(image.transpose(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    saved = read_checkpoint(out / "judge.pt")
+    judge = Judge(**saved["network"])
+    judge.load_state_dict(saved["model"])
+    for method in methods:
+        path = out / f"samples_{method}.npz"
+        if path.exists():
+            images = np.load(path)["images"][:100]
+            found[method] = images, torch.isin(opinions(judge, torch.from_numpy(images))[0].argmax(1), torch.tensor(data["forget"]))
+
+    def grid(name, images, framed, columns, titles=None):
+        rows = -(-len(images) // columns)
+        figure = Figure(figsize=(0.62 * columns + (1.5 if titles else 0), 0.62 * rows))
+        left = 1.5 / figure.get_figwidth() if titles else 0
+        for k, image in enumerate(images):
+            r, c = divmod(k, columns)
+            ax = figure.add_axes((left + (1 - left) * c / columns, 1 - (r + 1) / rows, (1 - left) / columns * 0.94, 0.94 / rows))
+            show(ax, image)
+            ax.set_xticks([]), ax.set_yticks([])
+            for spine in ax.spines.values():
+                spine.set(color="#D55E00" if framed[k] else "none", linewidth=2.5)
+            if titles and c == 0:
+                ax.text(-0.15, 0.5, titles[r], transform=ax.transAxes, ha="right", va="center", fontsize=11)
+        replace_file(out / name, lambda p: figure.savefig(p, dpi=110, format="png"))
+
+    for method, (images, framed) in found.items():
+        grid(f"samples_{method}.png", images, framed, 10)
+    if found:
+        n = 16
+        grid("before_after.png", [i for images, _ in found.values() for i in images[:n]], [f for _, framed in found.values() for f in framed[:n]],
+             min(n, len(next(iter(found.values()))[0])), [TITLES.get(m, m) for m in found])
+    figure = Figure(figsize=(9, 3.2))
+    axes = figure.subplots(1, 2)
+    for method, colour in zip(methods, ("#000000", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")):
+        losses = np.array(read_checkpoint(out / f"{method}.pt")["losses"])
+        if len(losses):
+            axes[0].plot(losses[:, 0], losses[:, 1], color=colour, label=TITLES.get(method, method), lw=1)
+            if METHODS[method][1]:
+                axes[1].plot(losses[:, 0], losses[:, 2], color=colour, label=TITLES.get(method, method), lw=1)
+    axes[0].set(yscale="log", xlabel="step", title="keep loss (Eq. 8)"), axes[0].legend(frameon=False)
+    axes[1].set(xlabel="step", title="forget loss (Eq. 9 or 10)")
+    figure.tight_layout()
+    replace_file(out / "losses.png", lambda p: figure.savefig(p, dpi=110, format="png"))
+
+
+def main(argv=None):
+    """The command line. Exit codes: 0 done, 2 something to mend (one line says what), 130 interrupted."""
+    opt, stop = parse_options(argv), []
+
+    def on_interrupt(*_):                                                               # the first Ctrl-C waits for a consistent state
+        stop.append(1)
+        if len(stop) > 1:
+            raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        run(opt, interrupted=lambda: bool(stop))
+    except (UsageError, FloatingPointError) as error:
+        print(f"sgu: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nsgu: stopped and saved; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
