@@ -128,12 +128,13 @@ class DDPM(VP):
         return knots[k] + (knots[k] - knots[k - 1]) * (t * self.n_steps - k)
 
     def beta(self, t):
-        return -2 * self.n_steps * torch.log1p(-self.betas.to(t))[self.step(t) - 1]
+        return -self.n_steps * torch.log1p(-self.betas.to(t))[self.step(t) - 1]
 
     def time(self, sigma):
-        """The first chain time k / n_steps: (B,) whose s/a is at least sigma: (B,)."""
-        k = torch.searchsorted(-self.knots.to(sigma), torch.log1p(sigma ** 2) / 2 * (1 - 1e-5))
-        return k.clamp(1, self.n_steps).to(sigma) / self.n_steps
+        """The t: (B,) at which s/a equals sigma: (B,); log a = -log(1 + sigma^2)/2 is linear between the knots."""
+        log_a, knots = -torch.log1p(sigma ** 2) / 2, self.knots.to(sigma)
+        k = torch.searchsorted(-knots, -log_a).clamp(1, self.n_steps)
+        return (k - (log_a - knots[k]) / (knots[k - 1] - knots[k])) / self.n_steps
 
 
 def normal_log_prob(x, std):
@@ -268,9 +269,8 @@ def make_score(model, sde, data_std=0.5, precision="float32"):
 def predict_noise(score, sde, x0, t, z, generator):
     """Noise x0 and let score say what the noise was. Returns t: (B,), e and z: (B, D); draws t ~ U[t_min, 1] and z if None."""
     if t is None:
-        t = sde.t_min + (1 - sde.t_min) * torch.rand(len(x0), generator=generator, device=x0.device)
-        if isinstance(sde, DDPM):
-            t = sde.step(t) / sde.n_steps
+        t = torch.rand(len(x0), generator=generator, device=x0.device)
+        t = sde.step(t) / sde.n_steps if isinstance(sde, DDPM) else sde.t_min + (1 - sde.t_min) * t
     if z is None:
         z = torch.randn(x0.shape, generator=generator, device=x0.device)
     a, s = (expand(v, x0) for v in sde.marginal(t))
@@ -434,53 +434,70 @@ def ancestral_sample(score, sde, shape, steps=None, generator=None, device=None)
 
 
 # =====================================================================================================================
-# 5. Likelihood: the instantaneous change of variables along the probability flow.  With y = x/a and dy/dsigma = e:
+# 5. Likelihood: the instantaneous change of variables along the probability flow dx/dt = f - g^2 score / 2
 #
-#     log p_0(x_0) = log p_1(x_1) + D log(a_1/a_0) + int_{sigma_0}^{sigma_1} div_y e  dsigma
+#     log p_0(x_0) = log p_1(x_1) + int div_x (dx/dt) dt
+#
+# Substituted like ode_sample, and once more: w = y/c with c = sqrt(1 + sigma^2) has unit scale at every noise level, and in
+# u = log sigma the flow is smooth:  dw/du = sigma (e - sigma w/c)/c,  div_w (dw/du) = sigma div_y e - D sigma^2/c^2.
+# Sixteen steps of the classical Runge-Kutta method then do what hundreds of Heun steps in t do.
 #
 # One evaluation costs one forward pass and one vector-Jacobian product: e gives the path, v.(de/dy v) with random signs v the
 # divergence (Hutchinson), or all D rows of the Jacobian give it exactly. The grid is fixed and the signs of an image are seeded
 # by the image itself, so that its likelihood does not depend on the batch it comes in.
 # =====================================================================================================================
 
-def log_likelihood(score, sde, x, steps=32, probes=1, exact=False, generator=None):
-    """log p(x) under the probability flow of score. x: (B, ...) -> (B,) in nats, float64; 2 steps (network + gradient) evaluations.
+def own_generators(x, generator):
+    """One CPU generator per sample of x: (B, ...), seeded by the sample itself and one draw from generator."""
+    seed = int(torch.randint(2 ** 62, (1,), generator=generator, device=generator.device if generator else None))
+    return [torch.Generator().manual_seed(seed ^ zlib.crc32(xi.detach().cpu().float().numpy().tobytes())) for xi in x]
+
+
+def log_likelihood(score, sde, x, steps=16, probes=1, exact=False, generator=None):
+    """log p(x) under the probability flow of score. x: (B, ...) -> (B,) in nats, float64; 4 steps (network + gradient) evaluations.
 
     probes: random sign vectors per evaluation. exact: the divergence from D gradients, for few dimensions. Error of the grid:
-    compare with twice the steps, it falls fourfold (Heun's method is of second order).
+    compare with twice the steps, it falls sixteenfold (Runge-Kutta of order four).
     """
-    seed = int(torch.randint(2 ** 62, (1,), generator=generator, device=generator.device if generator else None))
-    signs = [torch.Generator().manual_seed(seed ^ zlib.crc32(xi.detach().cpu().float().numpy().tobytes())) for xi in x]
-    grid = time_grid(sde, steps).flip(0)                                               # from data to noise
+    d, signs = x[0].numel(), own_generators(x, generator)
+    ends = torch.tensor([sde.t_min, 1.], dtype=torch.float64)
+    a, s = sde.marginal(ends)
+    lo, hi = (s / a).log()
+    u = torch.linspace(0, 1, 2 * steps + 1, dtype=torch.float64).mul(hi - lo).add(lo)  # knots and midpoints, from data to noise
+    grid = sde.time(u.exp())
+    grid[0], grid[-1] = ends
     a, s = sde.marginal(grid)
-    sigma, y, log_p = s / a, x.detach() / float(a[0]), 0.0
+    sigma, c, h = s / a, (1 + (s / a) ** 2).sqrt(), float(hi - lo) / steps
 
-    def noise_and_divergence(y, i):
+    def flow(w, i):
+        """dw/du and its divergence at u[i]."""
         with torch.enable_grad():
-            y = y.detach().requires_grad_()
+            y = (float(c[i]) * w).detach().requires_grad_()
             e = -float(s[i]) * score_at(score, float(a[i]) * y, grid[i])
             if exact:
-                rows = range(y[0].numel())
-                div = sum(torch.autograd.grad(e.flatten(1)[:, j].sum(), y, retain_graph=True)[0].flatten(1)[:, j] for j in rows)
-                return e.detach(), wide(div)
-            div = 0
-            for _ in range(probes):
-                v = torch.stack([torch.randint(2, y.shape[1:], generator=g) for g in signs]).to(y) * 2 - 1
-                vjp, = torch.autograd.grad((e * v).sum(), y, retain_graph=True)        # v (de/dy), one backward pass for the batch
-                div = div + wide((vjp * v).flatten(1).sum(1)) / probes
-            return e.detach(), div
+                rows = [torch.autograd.grad(row.sum(), y, retain_graph=True)[0].flatten(1)[:, j] for j, row in enumerate(e.flatten(1).unbind(1))]
+                div = wide(sum(rows))
+            else:
+                div = 0
+                for _ in range(probes):
+                    v = torch.stack([torch.randint(2, y.shape[1:], generator=g) for g in signs]).to(y) * 2 - 1
+                    vjp, = torch.autograd.grad((e * v).sum(), y, retain_graph=True)    # v (de/dy), one backward pass for the batch
+                    div = div + wide((vjp * v).flatten(1).sum(1)) / probes
+        q = float(sigma[i] / c[i])
+        return q * (e.detach() - q * w), float(sigma[i]) * div - d * q ** 2
 
-    for i in range(steps):
-        h = float(sigma[i + 1] - sigma[i])
-        e, div = noise_and_divergence(y, i)
-        e_next, div_next = noise_and_divergence(y + h * e, i + 1)
-        y = y + h / 2 * (e + e_next)
-        log_p = log_p + h / 2 * (div + div_next)
-    d = x[0].numel()
-    return log_p + sde.prior_log_prob(float(a[-1]) * y) + d * float((a[-1] / a[0]).log())
+    w, log_p = x.detach() / float(a[0] * c[0]), 0.0
+    for i in range(0, 2 * steps, 2):
+        k1, d1 = flow(w, i)
+        k2, d2 = flow(w + h / 2 * k1, i + 1)
+        k3, d3 = flow(w + h / 2 * k2, i + 1)
+        k4, d4 = flow(w + h * k3, i + 2)
+        w = w + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        log_p = log_p + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
+    return log_p + sde.prior_log_prob(float(a[-1] * c[-1]) * w) + d * float((a[-1] * c[-1] / (a[0] * c[0])).log())
 
 
-def bits_per_dim(score, sde, x, steps=32, probes=1, exact=False, generator=None):
+def bits_per_dim(score, sde, x, steps=16, probes=1, exact=False, generator=None):
     """Negative log-likelihood of 8-bit images in bits/dim. x: (B, C, H, W) in [-1, 1] -> (B,).
 
     Uniform dequantisation first: level k in 0..255 becomes y = 2 (k + u)/256 - 1 with u ~ U[0, 1). A density over y is one over
@@ -489,8 +506,42 @@ def bits_per_dim(score, sde, x, steps=32, probes=1, exact=False, generator=None)
     if float(x.min()) < -1 or float(x.max()) > 1:
         raise ValueError(f"bits_per_dim needs images in [-1, 1]; these span [{float(x.min()):.3g}, {float(x.max()):.3g}]")
     levels = ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
-    nats = log_likelihood(score, sde, dequantise(levels, generator), steps, probes, exact, generator)
+    u = torch.stack([torch.rand(x.shape[1:], generator=g) for g in own_generators(levels, generator)])
+    nats = log_likelihood(score, sde, (levels + u.to(x)) / 128 - 1, steps, probes, exact, generator)
     return -nats / (x[0].numel() * math.log(2)) + 7
+
+
+@torch.no_grad()
+def variational_bound(score, sde, x, terms=100, generator=None):
+    """The DDPM's bound on bits/dim, -ELBO of the discrete chain (Ho et al. 2020, Eq. 5). x: (B, C, H, W) in [-1, 1] -> (B,).
+
+        KL(q(x_N | x_0) || N(0, I)) + sum_{k=2}^{N} KL(q(x_{k-1} | x_k, x_0) || p(x_{k-1} | x_k)) - log P(levels | x_1)
+
+    The k-th KL is the variational weight of Eq. 12 times |e - z|^2, plus what p's variance beta_k costs against the posterior's.
+    terms: how many of the N - 1 middle terms are evaluated, evenly spread with a random offset (an unbiased estimate of the sum).
+    """
+    levels = ((x + 1) * 128).floor().clamp(0, 255)
+    x0, n, d = (levels + 0.5) / 128 - 1, sde.n_steps, x[0].numel()
+    a, s = sde.marginal(torch.ones(1, dtype=torch.float64))
+    prior = 0.5 * (float(a) ** 2 * wide(x0).square().flatten(1).sum(1) + d * float(s ** 2 - 1 - (s ** 2).log()))
+    terms = min(terms, n - 1)
+    offset = float(torch.rand(1, generator=generator, device=x.device))
+    middle = 0
+    for k in (2 + (torch.arange(terms) + offset) * (n - 1) / terms).long().tolist():
+        t = torch.full((len(x),), k / n, device=x.device)
+        _, e, z = predict_noise(score, sde, x0, t, None, generator)
+        beta, (_, s), (_, s_before) = float(sde.betas[k - 1]), *(map(float, sde.marginal(torch.tensor([j / n], dtype=torch.float64))) for j in (k, k - 1))
+        ratio = (s_before / s) ** 2                                                     # posterior variance / beta_k
+        mean = beta / (2 * (1 - beta) * s ** 2) * wide((e - z).square().sum(1))
+        middle = middle + (mean + d / 2 * (-math.log(ratio) - 1 + ratio)) * (n - 1) / terms
+    t, beta = torch.full((len(x),), 1 / n, device=x.device), float(sde.betas[0])
+    a, s = map(float, sde.marginal(torch.tensor([1 / n], dtype=torch.float64)))
+    x1 = a * x0 + s * noise_like(x0, generator)
+    mean = wide((x1 + beta * score(x1, t)) / math.sqrt(1 - beta))
+    lower, upper = (torch.special.ndtr((edge - mean) / math.sqrt(beta)) for edge in (wide(levels) / 128 - 1, (wide(levels) + 1) / 128 - 1))
+    lower, upper = torch.where(wide(levels) == 0, 0., lower), torch.where(wide(levels) == 255, 1., upper)
+    first = -(upper - lower).clamp(min=1e-12).log().flatten(1).sum(1)
+    return (prior + middle + first) / (d * math.log(2))
 
 
 def dequantise(levels, generator=None):
@@ -504,10 +555,12 @@ def dequantise(levels, generator=None):
 # =====================================================================================================================
 
 @torch.no_grad()
-def inpaint(score, sde, x, mask, steps=100, snr=0.16, generator=None):
+def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
     """Fill the pixels where mask is 0. x: (B, C, H, W), mask: the same shape or one that broadcasts, 1 = known -> (B, C, H, W).
 
-    Predictor-corrector from pure noise; before every evaluation the known pixels are replaced by themselves at that noise level.
+    From pure noise; before every evaluation the known pixels are replaced by themselves at that noise level. Replacing alone does
+    not sample the conditional law (the unknown pixels were drawn without knowing them), so every step is gone back, by forward
+    noise, and taken again repeats times (Lugmayr et al. 2022); steps repeats + 1 network evaluations.
     Unknown pixels of x are dropped first, so the answer cannot leak, and known pixels come back bit for bit.
     """
     known = mask.to(x.device).bool().expand_as(x)
@@ -518,10 +571,13 @@ def inpaint(score, sde, x, mask, steps=100, snr=0.16, generator=None):
         a, s = map(float, sde.marginal(t))
         return torch.where(known, a * x + s * noise_like(x, generator), y)
 
-    y = pin(sde.prior_sample(x.shape, generator, x.device), grid[0])
-    for t, t_next in zip(grid, grid[1:]):
-        y = pin(reverse_step(score, sde, y, t, t_next, generator), t_next)
-        y = pin(langevin_step(score, sde, y, t_next, snr, generator), t_next)
+    (a, s), y = sde.marginal(grid), pin(sde.prior_sample(x.shape, generator, x.device), grid[0])
+    for i in range(steps):
+        for r in range(repeats):
+            if r > 0:                                                                  # back up to grid[i]: forward noise, then down again
+                up = float(a[i] / a[i + 1])
+                y = pin(up * y + math.sqrt(max(float(s[i]) ** 2 - (up * float(s[i + 1])) ** 2, 0)) * noise_like(x, generator), grid[i])
+            y = pin(reverse_step(score, sde, y, grid[i], grid[i + 1], generator), grid[i + 1])
     return torch.where(known, x, denoise(score, sde, y, grid[-1]))
 
 
@@ -558,7 +614,8 @@ def sample_times(sde, n, generator=None, device=None, window=(0., 1.)):
     cdf = lambda z: 0.5 * (1 + math.erf(z / math.sqrt(2)))
     shape = 1.5 * torch.special.ndtri((cdf(lo / 1.5) + u * (cdf(hi / 1.5) - cdf(lo / 1.5))).clamp(1e-6, 1 - 1e-6))
     log_sigma = torch.where(torch.arange(n, device=device) % 2 == 0, lo + u * (hi - lo), shape)
-    return sde.time(log_sigma.clamp(lo, hi).exp()).clamp(float(ends[0]), float(ends[1]))
+    t = sde.time(log_sigma.clamp(lo, hi).exp()).clamp(float(ends[0]), float(ends[1]))
+    return sde.step(t) / sde.n_steps if isinstance(sde, DDPM) else t                    # the discrete chain trains at its own times
 
 
 def keep_weight(sde, data_std=0.5):
@@ -868,6 +925,39 @@ def train_judge(data, width=16, epochs=4, lr=6e-3, batch_size=256, flip=False, p
     judge.eval()
 
 
+class ClipJudge(nn.Module):
+    """CLIP as the paper uses it: zero-shot class prompts; features(x) are its normalised image embeddings. Needs open_clip.
+
+    weights: a name or a file that open_clip.create_model_and_transforms accepts, or None for random weights (tests).
+    """
+
+    def __init__(self, classes, name="ViT-B-32", weights="openai"):
+        super().__init__()
+        try:
+            import open_clip
+        except ImportError:
+            raise UsageError("--judge clip needs open_clip: pip install open_clip_torch, or use --judge cnn") from None
+        try:
+            self.clip = open_clip.create_model(name, pretrained=weights).eval().requires_grad_(False)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UsageError(f"--judge clip: the weights {weights} of {name} are not here and cannot be fetched ({reason}); use --judge cnn") from None
+        size = self.clip.visual.image_size
+        self.size = size[0] if isinstance(size, (tuple, list)) else size
+        tokens = open_clip.get_tokenizer(name)([f"a photo of {'the digit ' if c.isdigit() else ''}{c}" for c in classes])
+        with torch.no_grad():
+            self.register_buffer("text", F.normalize(self.clip.encode_text(tokens), dim=1))
+        self.register_buffer("mean", torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None])
+        self.register_buffer("std", torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None])
+
+    def features(self, x):                                                              # (B, C, H, W) in [-1, 1] -> (B, F)
+        x = F.interpolate(x.expand(-1, 3, -1, -1), size=(self.size, self.size), mode="bicubic", antialias=True)
+        return F.normalize(self.clip.encode_image(((x + 1) / 2 - self.mean) / self.std), dim=1)
+
+    def head(self, f):
+        return 100 * f @ self.text.T
+
+
 @torch.no_grad()
 def opinions(judge, x):
     """x: (N, C, H, W) uint8 -> the judge's probabilities (N, K) and features (N, F), float32 on the CPU."""
@@ -958,6 +1048,7 @@ class Options:
     sampler_steps: int = option(None, "sampler steps (default %s)" % ", ".join(f"{k} {v or 1000}" for k, v in SAMPLER_STEPS.items()))
     samples: int = option(None, "images to draw from each model")
     likelihood_samples: int = option(None, "test images of D_g and of D_f whose likelihood is computed")
+    judge: str = option("cnn", "who judges: our own network trained on the data, or CLIP through open_clip where it is installed", choices=("cnn", "clip"))
     tasks: str = option("sample,likelihood", "what to measure: sample, likelihood, inpaint, reconstruct")
     device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = option("float32", "arithmetic of the network", choices=("float32", "bfloat16"))
@@ -1153,14 +1244,19 @@ def run(opt, interrupted=lambda: False):
             images = get_samples(method, score, sde, out, data, opt, device, stage, pause)
             entry.update(judged(*opinions(judge, images), data, reference))
             save_json(out / "results.json", results)
-        if "likelihood" in tasks and "nll_bits_per_dim" not in entry:
-            entry["nll_bits_per_dim"] = measure_likelihood(method, score, sde, data, opt, device, stage, pause)
+        for task in ("inpaint", "reconstruct"):
+            if task in tasks and task not in entry:
+                entry[task] = measure_restoration(task, method, score, sde, judge, out, data, opt, device, stage, pause)
+                save_json(out / "results.json", results)
+        key = "variational_bound_bits_per_dim" if opt.sde == "ddpm" else "nll_bits_per_dim"
+        if "likelihood" in tasks and key not in entry:
+            entry[key] = measure_likelihood(method, score, sde, data, opt, device, stage, pause)
             save_json(out / "results.json", results)
     results["seconds"]["total"] = round(sum(v for k, v in results["seconds"].items() if k != "total"), 1)
     save_json(out / "results.json", results)
     table = make_table(results)
     replace_file(out / "table.md", lambda p: p.write_text(table))
-    draw_pictures(out, data, opt)
+    draw_pictures(out, data, opt, judge)
     print(table + f"\nPictures, table and checkpoints are in {out}: before_after.png, losses.png, samples_<method>.png, table.md, results.json")
     return results
 
@@ -1183,7 +1279,10 @@ def describe(device):
 def get_judge(out, data, preset, opt, device, results, stage, pause):
     """The judge of this run, from judge.pt or trained now."""
     path, (width, epochs) = out / "judge.pt", preset["judge"]
-    if path.exists():
+    results["judge"]["kind"] = opt.judge
+    if opt.judge == "clip":
+        judge = ClipJudge(data["classes"]).to(device)
+    elif path.exists():
         saved = read_checkpoint(path)
         judge = Judge(**saved["network"]).to(device)
         judge.load_state_dict(saved["model"])
@@ -1276,20 +1375,52 @@ def get_samples(method, score, sde, out, data, opt, device, stage, pause):
 
 
 def measure_likelihood(method, score, sde, data, opt, device, stage, pause):
-    """Bits/dim of the first test images of D_g and D_f (the same for every method): mean, n, standard error of the mean."""
+    """Bits/dim of the first test images of D_g and D_f (the same for every method): mean, n, standard error of the mean.
+
+    For a DDPM it is the variational bound, and is called so in the results.
+    """
     forgotten, result, chunk = is_forgotten(data, "test"), {}, 50 if device.type == "cpu" else 250
     for key, mask in (("D_g", ~forgotten), ("D_f", forgotten)):
         x, bits, start = data["test"][mask][:opt.likelihood_samples], [], time.time()
         bar = Progress(f"likelihood {method} {key}", len(x))
         for i, part in enumerate(x.split(chunk)):
             g = torch.Generator(device).manual_seed(opt.seed * 1_000_003 + i)
-            bits.append(bits_per_dim(score, sde, (part.to(device) + 0.5) / 128 - 1, generator=g).cpu())
+            bound = variational_bound if opt.sde == "ddpm" else bits_per_dim
+            bits.append(bound(score, sde, (part.to(device) + 0.5) / 128 - 1, generator=g).cpu())
             bar(sum(map(len, bits)))
             pause()
         bits = torch.cat(bits)
         result[key], result.setdefault("se", {})[key] = float(bits.mean()), float(bits.std() / math.sqrt(len(bits)))
         result.setdefault("n", {})[key] = len(bits)
         stage(f"likelihood {method}", time.time() - start)
+    return result
+
+
+def measure_restoration(task, method, score, sde, judge, out, data, opt, device, stage, pause):
+    """Tables 3 and 4: restore test images of D_g and D_f. Accuracy of the restored image's class; mean distance of the judge's features.
+
+    inpaint hides the upper half (of faces, 32 rows by 64 columns); reconstruct noises to t = 0.02 and walks back.
+    """
+    forgotten, result, strips, chunk = is_forgotten(data, "test"), {}, {}, 50 if device.type == "cpu" else 500
+    for key, mask in (("D_g", ~forgotten), ("D_f", forgotten)):
+        x, labels = data["test"][mask][:opt.likelihood_samples], data["test_labels"][mask][:opt.likelihood_samples]
+        bar, start, restored = Progress(f"{task} {method} {key}", len(x)), time.time(), []
+        hidden = torch.ones(x.shape[2:])
+        hidden[:x.shape[2] // 2] = 0
+        for i, part in enumerate(x.split(chunk)):
+            g, images = torch.Generator(device).manual_seed(opt.seed * 1_000_003 + i), (part.to(device) + 0.5) / 128 - 1
+            y = inpaint(score, sde, images, hidden, generator=g) if task == "inpaint" else reconstruct(score, sde, images, generator=g)
+            restored.append(((y.clamp(-1, 1) + 1) * 128).floor().clamp(0, 255).to(torch.uint8).cpu())
+            bar(sum(map(len, restored)))
+            pause()
+        restored = torch.cat(restored)
+        (probs, features), (clean_probs, clean) = opinions(judge, restored), opinions(judge, x)
+        right = int((probs.argmax(1) == labels).sum())
+        result[key] = dict(accuracy=right / len(x), ci95=wilson(right, len(x)), clean=float((clean_probs.argmax(1) == labels).float().mean()),
+                           n=len(x), distance=float((features - clean).norm(dim=1).mean()))
+        strips.update({f"{key}_original": x[:8].numpy(), f"{key}_masked": (x[:8] * hidden).to(torch.uint8).numpy(), f"{key}_restored": restored[:8].numpy()})
+        stage(f"{task} {method}", time.time() - start)
+    replace_file(out / f"{task}_{method}.npz", lambda p: np.savez_compressed(open(p, "wb"), **strips))
     return result
 
 
@@ -1328,27 +1459,34 @@ def make_table(results):
         lines.append(row("judge unsure, %", "ours", [f"{100 * m['unsure']:.1f}" for m in measured]))
         lines.append(row("Frechet distance, kept", "ours", [f"{m['frechet_kept']:.2f}" if m["frechet_kept"] is not None else "-" for m in measured]))
         lines.append("")
-    if all("nll_bits_per_dim" in m for m in measured):
-        lines += head("NLL, bits/dim")
+    for field, title in (("nll_bits_per_dim", "NLL, bits/dim"), ("variational_bound_bits_per_dim", "variational bound, bits/dim")):
+        if not all(field in m for m in measured):
+            continue
+        lines += head(title)
         for key in ("D_g", "D_f"):
-            lines.append(row(key, "ours", [f"{m['nll_bits_per_dim'][key]:.2f} ± {m['nll_bits_per_dim']['se'][key]:.2f}" for m in measured]))
-            if key in paper:
+            lines.append(row(key, "ours", [f"{m[field][key]:.2f} ± {m[field]['se'][key]:.2f}" for m in measured]))
+            if key in paper and field == "nll_bits_per_dim":
                 lines.append(row("", "paper", quote(key, ".2f")))
-        n = measured[0]["nll_bits_per_dim"]["n"]
-        lines += ["", f"n = {n['D_g']} and {n['D_f']} test images, ± one standard error."]
+        n = measured[0][field]["n"]
+        lines += ["", f"n = {n['D_g']} and {n['D_f']} test images, ± one standard error.", ""]
+    for task in ("inpaint", "reconstruct"):
+        if all(task in m for m in measured):
+            lines += head(f"{task}, accuracy %")
+            for key in ("D_g", "D_f"):
+                lines.append(row(key, "ours", [f"{100 * m[task][key]['accuracy']:.1f} [{100 * m[task][key]['ci95'][0]:.1f}, {100 * m[task][key]['ci95'][1]:.1f}]" for m in measured]))
+                lines.append(row("", "distance", [f"{m[task][key]['distance']:.2f}" for m in measured]))
+            first = measured[0][task]
+            lines += ["", f"n = {first['D_g']['n']} and {first['D_f']['n']} test images, of which the judge names {100 * first['D_g']['clean']:.1f}% and {100 * first['D_f']['clean']:.1f}% rightly before.", ""]
     return "\n".join(lines) + "\n"
 
 
-def draw_pictures(out, data, opt):
+def draw_pictures(out, data, opt, judge):
     """samples_<method>.png (what the judge calls forgotten is framed), before_after.png, losses.png, from what the run left in out."""
     import matplotlib
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
     methods, found = opt.methods.split(","), {}
     show = lambda ax, image: ax.imshow(image.transpose(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    saved = read_checkpoint(out / "judge.pt")
-    judge = Judge(**saved["network"])
-    judge.load_state_dict(saved["model"])
     for method in methods:
         path = out / f"samples_{method}.npz"
         if path.exists():
@@ -1376,6 +1514,14 @@ def draw_pictures(out, data, opt):
         n = 16
         grid("before_after.png", [i for images, _ in found.values() for i in images[:n]], [f for _, framed in found.values() for f in framed[:n]],
              min(n, len(next(iter(found.values()))[0])), [TITLES.get(m, m) for m in found])
+    for task in ("inpaint", "reconstruct"):
+        strips = {m: np.load(out / f"{task}_{m}.npz") for m in methods if (out / f"{task}_{m}.npz").exists()}
+        if strips:
+            first, rows = next(iter(strips.values())), ["original"] + (["masked"] if task == "inpaint" else [])
+            images = [np.concatenate([first[f"{key}_{row}"] for key in ("D_g", "D_f")]) for row in rows]
+            images += [np.concatenate([z[f"{key}_restored"] for key in ("D_g", "D_f")]) for z in strips.values()]
+            framed = ([False] * len(first["D_g_original"]) + [True] * len(first["D_f_original"])) * len(images)
+            grid(f"{task}.png", [i for row in images for i in row], framed, len(images[0]), rows + [TITLES.get(m, m) for m in strips])
     figure = Figure(figsize=(9, 3.2))
     axes = figure.subplots(1, 2)
     for method, colour in zip(methods, ("#000000", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")):
