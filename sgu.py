@@ -14,7 +14,7 @@ Notation, used everywhere:
     e          predicted noise, e = -s(t) score(x_t, t); the training target of e is z, the training target of score is u = -z/s
 Every loss below is a mean over pixels, in units of this noise, so that its weight means the same on 2 and on 12,288 dimensions.
 """
-import argparse, copy, dataclasses, hashlib, json, math, os, pathlib, platform, signal, sys, time, zlib
+import argparse, copy, dataclasses, json, math, os, pathlib, platform, shlex, signal, sys, time, zlib
 
 import numpy as np
 import torch
@@ -316,6 +316,26 @@ def obtuse_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=Non
     return (loss_weight(sde, t, weighting) * (e * z).mean(1)).mean()
 
 
+def neggrad_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
+    """Rival NegGrad+ (Eq. 7 taken literally): minus the keep loss on D_f. x0: (B, ...) from D_f -> scalar <= 0, without lower bound."""
+    return -score_matching_loss(score, sde, x0, t, z, weighting, generator)
+
+
+def erasediff_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None, centre=0.5):
+    """Rival EraseDiff: aim e at uniform noise of mean centre (0.5 as published) on D_f. x0: (B, ...) from D_f -> scalar >= 0.
+
+    Its optimum is the constant e = centre, a uniform push; with centre = 0 it is e = 0, as for the elementwise 'orthogonal'.
+    """
+    t, e, z = predict_noise(score, sde, x0, t, z, generator)
+    u = torch.rand(e.shape, generator=generator, device=e.device) - 0.5 + centre
+    return (loss_weight(sde, t, weighting) * (e - u).square().mean(1)).mean()
+
+
+def erasediff_zero_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
+    """EraseDiff aimed at noise of mean 0. x0: (B, ...) from D_f -> scalar >= 0."""
+    return erasediff_loss(score, sde, x0, t, z, weighting, generator, centre=0.0)
+
+
 def sgu_loss(score, sde, x_g, x_f, alpha, forget_loss=orthogonal_loss, weighting="noise", generator=None):
     """Eq. 11: alpha keep(x_g) + (1 - alpha) forget(x_f). x_g: (B, ...) from D_g, x_f: (B', ...) from D_f -> scalar."""
     return (alpha * score_matching_loss(score, sde, x_g, weighting=weighting, generator=generator)
@@ -601,7 +621,9 @@ def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
 #
 # Which t to train at matters more than anything else in a short run: half the draws are uniform in log sigma (the paper's
 # t ~ U[0, 1] for VE), half sit around sigma = 1, where digits take shape. The keep loss is weighted by 1 + (sigma/data_std)^2,
-# which makes the loss of the preconditioned network F equally large at every noise level (Karras et al. 2022).
+# which makes the loss of the preconditioned network F equally large at every noise level (Karras et al. 2022). The forget losses
+# are linear or quadratic in e.z rather than in e - z, so the square root of that weight does the same for them ('balanced'). And
+# where sigma > 6 noise hides the class, p_f and p_g coincide and forgetting only fights keeping: see window.
 # =====================================================================================================================
 
 def sample_times(sde, n, generator=None, device=None, window=(0., 1.)):
@@ -626,6 +648,11 @@ def keep_weight(sde, data_std=0.5):
     return weight
 
 
+def forget_weight(sde, data_std=0.5):
+    """The weight sqrt(1 + (sigma/data_std)^2) of the forget loss ('balanced'), as a function of t."""
+    return lambda t: keep_weight(sde, data_std)(t).sqrt()
+
+
 def draw(data, n, generator):
     """n random images of data: uint8 (dequantised to [-1, 1]) or float (as they are)."""
     x = data[torch.randint(len(data), (n,), generator=generator, device=data.device)]
@@ -633,18 +660,19 @@ def draw(data, n, generator):
 
 
 def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, steps, batch_size=128, lr=1e-3, warmup=100,
-          ema_decay=0.999, window=(0., 1.), weighting=None, forget_weighting="noise", precision="float32", data_std=0.5, seed=0,
+          ema_decay=0.999, window=(0., 1.), weighting=None, forget_weighting=None, precision="float32", data_std=0.5, seed=0,
           state=None):
     """Train model in place by Eq. 11, ema following it; a generator that yields after every step.
 
     keep, forget: (N, ...) uint8 or float tensors on the model's device. forget_loss: any function with the signature of
-    obtuse_loss. window: the times t at which the forget loss acts. state: what snapshot() returned, to go on from there.
+    obtuse_loss. window: the times t at which the forget loss acts. weighting, forget_weighting: 'noise', 'paper' or a function of t;
+    None: keep_weight and forget_weight. With unequal weights the optimum of section 3 has R times their ratio. state: what snapshot() returned, to go on from there.
     Yields dict(step, steps, keep, forget, snapshot): losses per pixel; snapshot() -> dict for torch.save.
     Raises FloatingPointError at the first non-finite loss, naming the step and the time t.
     """
     device = keep.device
     score = make_score(model, sde, data_std, precision)
-    weighting = weighting or keep_weight(sde, data_std)
+    weighting, forget_weighting = weighting or keep_weight(sde, data_std), forget_weighting or forget_weight(sde, data_std)
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))
     # Two streams of random numbers: with alpha = 1 the keep stream, hence the result, is that of plain training, bit for bit.
     streams = [torch.Generator(device).manual_seed(2 * seed + i) for i in (0, 1)]
@@ -731,7 +759,7 @@ def load_data(name, root="data"):
     from torchvision import datasets
     loaders = dict(mnist=datasets.MNIST, fashion=datasets.FashionMNIST, kmnist=datasets.KMNIST, cifar10=datasets.CIFAR10,
                    stl10=datasets.STL10, celeba=datasets.CelebA)
-    files = f"put {DATASETS[name][2]} into {root}"
+    files = DATASETS[name][2]
     try:
         with contextlib.redirect_stdout(io.StringIO()):                               # torchvision talks about every mirror it tries
             if name in ("stl10", "celeba"):
@@ -741,13 +769,14 @@ def load_data(name, root="data"):
             data = dict(name=name, classes=list(getattr(parts[0], "classes", None) or parts[0].attr_names))
             for part, split in zip(parts, ("train", "test")):
                 data[split], data[split + "_labels"] = to_tensors(part, name)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"data set {name} is not complete below {root} and cannot be downloaded ({reason}); {files}") from None
-    except Exception as error:                                                         # torchvision parses what it finds
-        raise UsageError(f"a data file of {name} below {root} is damaged ({type(error).__name__}: {error}); delete it and run again, or {files}") from None
-    if name in ("mnist", "fashion", "kmnist"):
-        data["classes"] = data["classes"] if name == "fashion" else DIGITS
+    except Exception as error:                                                         # torchvision parses what it finds, in many ways
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if isinstance(error, OSError) or "ownload" in reason or "orrupted" in reason:
+            raise UsageError(f"data set {name} is not complete below {root} and cannot be downloaded ({reason}); put {files} into {root}") from None
+        folder = pathlib.Path(root, files.split("/")[0])
+        raise UsageError(f"a data file of {name} in {folder} is damaged ({reason}); delete {folder} and run again, or put {files} into {root}") from None
+    if name in ("mnist", "kmnist"):
+        data["classes"] = DIGITS
     return data
 
 
@@ -764,8 +793,8 @@ def to_tensors(part, name):
     else:
         x = x[:, None]
     y = torch.as_tensor(np.asarray(part.labels if name == "stl10" else part.targets)).long()
-    if len(x) != len(y):
-        raise ValueError(f"{len(x)} images but {len(y)} labels")
+    if len(x) != len(y) or int(y.max()) > 9:
+        raise ValueError(f"{len(x)} images but {len(y)} labels from {int(y.min())} to {int(y.max())}")
     return x, y
 
 
@@ -780,20 +809,26 @@ def load_npz(path):
     try:
         with np.load(path) as z:
             z = {k: z[k] for k in z.files}
-        x = torch.from_numpy(z["images"])
-        y = torch.from_numpy(z["attributes"]).bool() if "attributes" in z else torch.from_numpy(z["labels"]).long()
+        kind, dims = ("attribute", 2) if "attributes" in z else ("class", 1)
+        x, y = torch.from_numpy(z["images"]), torch.from_numpy(z["attributes"] if dims == 2 else z["labels"])
+        y = y.bool() if dims == 2 else y.long()
+        split = torch.from_numpy(z["split"]) != 0 if "split" in z else torch.arange(len(x)) % 6 == 5
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
     except Exception as error:
         raise UsageError(f"{path} is damaged or has no 'images' and 'labels' (or 'attributes'): {type(error).__name__}: {error}") from None
-    if x.dtype != torch.uint8 or x.dim() not in (3, 4) or len(x) != len(y):
-        raise UsageError(f"{path}: images must be uint8 (N, H, W) or (N, H, W, C), one label each; found {x.dtype} {tuple(x.shape)}, {len(y)} labels")
+    if x.dtype != torch.uint8 or x.dim() not in (3, 4) or x.shape[1] != x.shape[2]:
+        raise UsageError(f"{path}: images must be square and uint8, (N, H, W) or (N, H, W, C); found {x.dtype} {tuple(x.shape)}")
+    if y.dim() != dims or not len(x) == len(y) == split.numel() > 0:
+        raise UsageError(f"{path}: {len(x)} images need as many labels (N,) or attributes (N, A), and split (N,) if any; found {tuple(y.shape)} and {tuple(split.shape)}")
+    highest = y.shape[1] - 1 if dims == 2 else int(y.max())
+    names = [str(n) for n in z.get(f"{kind}_names", range(highest + 1))]
+    if highest >= len(names) or dims == 1 and int(y.min()) < 0:
+        raise UsageError(f"{path}: {len(names)} names for the {kind} numbers {int(y.min()) if dims == 1 else 0} to {highest}")
     x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
     if x.shape[2] > 64:
         x = resize(x, 64)
-    names = z.get("attribute_names" if "attributes" in z else "class_names", np.arange(y.shape[1] if y.dim() == 2 else int(y.max()) + 1))
-    test = torch.from_numpy(np.asarray(z["split"])) != 0 if "split" in z else torch.arange(len(x)) % 6 == 5
-    return dict(name=pathlib.Path(path).stem, train=x[~test], train_labels=y[~test], test=x[test], test_labels=y[test], classes=[str(n) for n in names])
+    return dict(name=pathlib.Path(path).stem, train=x[~split], train_labels=y[~split], test=x[split], test_labels=y[split], classes=names)
 
 
 def draw_glyphs(n, seed, side=28):
@@ -832,13 +867,13 @@ def draw_glyphs(n, seed, side=28):
 def choose(data, forget):
     """Split a data set by what to forget: 'automobile,dog' or '3,7' or 'Bangs' (names in any case, or numbers).
 
-    Adds forget (class numbers) to data, and turns attribute data into two classes, 'no Bangs' and 'Bangs'.
+    Adds chosen (their names) and forget (class numbers) to data, and turns attribute data into two classes, 'no Bangs' and 'Bangs'.
     """
     names, numbers = data["classes"], []
     for word in forget.split(","):
         word = word.strip()
         matches = [i for i, name in enumerate(names) if name.lower() == word.lower()]
-        if not matches and word.isdigit() and int(word) < len(names):
+        if not matches and word.isdecimal() and int(word) < len(names):
             matches = [int(word)]
         if not matches:
             raise UsageError(f"--forget {forget}: no class {word!r} in {data['name']}; choose from {', '.join(names)}" if word
@@ -846,7 +881,7 @@ def choose(data, forget):
         if matches[0] in numbers:
             raise UsageError(f"--forget {forget}: {names[matches[0]]} is listed twice")
         numbers += matches
-    data = dict(data)
+    data = dict(data, chosen=",".join(names[i] for i in numbers))
     if data["train_labels"].dim() == 2:
         for key in ("train_labels", "test_labels"):
             data[key] = data[key][:, numbers].any(1).long()
@@ -994,7 +1029,7 @@ def judged(probs, features, data, reference):
     return dict(unlearning_ratio={**{data["classes"][c]: share[data["classes"][c]] for c in data["forget"]},
                                   "total": int(hit.sum()) / n, "n": n, "ci95": wilson(int(hit.sum()), n)},
                 unsure=int((probs.amax(1) < 0.5).sum()) / n, class_histogram=share,
-                frechet_kept=frechet(kept, reference) if len(kept) > 1 else None)
+                frechet_kept=frechet(kept, reference) if min(len(kept), len(reference)) > 1 else None)
 
 
 # =====================================================================================================================
@@ -1004,17 +1039,19 @@ def judged(probs, features, data, reference):
 METHODS = dict(             # name: (what it is trained on, forget loss, its default alpha)
     standard=("D", None, 1.0),
     unseen=("D_g", None, 1.0),
-    orthogonal=("D_g, D_f", orthogonal_loss, 0.9),
-    obtuse=("D_g, D_f", obtuse_loss, 0.95),
+    orthogonal=("D_g, D_f", orthogonal_loss, 0.8),
+    obtuse=("D_g, D_f", obtuse_loss, 0.85),
 )
 TITLES = dict(standard="Standard", unseen="Unseen", orthogonal="SGU-Orthogonal", obtuse="SGU-Obtuse")
 SAMPLERS = dict(em=euler_maruyama, pc=predictor_corrector, ode=ode_sample, ancestral=ancestral_sample)
-SAMPLER_STEPS = dict(em=100, pc=50, ode=20, ancestral=None)
+SAMPLER_STEPS = dict(em=60, pc=50, ode=20, ancestral=None)
+
+TASKS = ("sample", "likelihood", "inpaint", "reconstruct")
 
 # What fits a machine. side of the image, kind of device -> network, training and how much to measure.
 PRESETS = {
-    ("glyphs", "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=700, batch_size=64, lr=2e-3, samples=400, likelihood_samples=20, judge=(16, 3)),
-    (28, "cpu"): dict(channels=(48, 96), patch=2, blocks=1, steps=1600, batch_size=128, lr=2e-3, samples=2000, likelihood_samples=100, judge=(16, 4)),
+    ("glyphs", "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=700, batch_size=64, lr=4e-3, samples=400, likelihood_samples=20, judge=(8, 3)),
+    (28, "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=5000, batch_size=64, lr=5e-3, samples=2000, likelihood_samples=100, judge=(8, 5)),
     (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, likelihood_samples=1000, judge=(32, 8)),
     (32, "cpu"): dict(channels=(64, 128), patch=2, blocks=1, steps=6000, batch_size=128, lr=1e-3, samples=1000, likelihood_samples=64, judge=(32, 10)),
     (32, "gpu"): dict(channels=(128, 256, 256), patch=1, blocks=2, steps=60000, batch_size=256, lr=5e-4, samples=10000, likelihood_samples=1000, judge=(64, 24)),
@@ -1036,15 +1073,15 @@ class Options:
     training: str = option("finetune", "how the SGU models are made: fine-tuned from Standard, or retrained from scratch", choices=("finetune", "retrain"))
     pretrained: str = option(None, "a standard.pt of an earlier run to start from instead of training Standard", metavar="FILE")
     sde: str = option(None, "noise schedule (default ve for digits, vp for colour images)", choices=("ve", "vp", "ddpm"))
-    alpha: float = option(None, "weight of the keep loss in Eq. 11, in [0, 1]; 1 - alpha weighs the forget loss (default 0.9 orthogonal, 0.95 obtuse)")
-    forget_window: str = option("0,1", "times t between which the forget loss acts", metavar="LO,HI")
-    weighting: str = option("noise", "weight of the forget loss: noise units, or the paper's lambda(t)", choices=("noise", "paper"))
+    alpha: float = option(None, "weight of the keep loss in Eq. 11, in [0, 1]; 1 - alpha weighs the forget loss (default 0.8 orthogonal, 0.85 obtuse)")
+    forget_window: str = option(None, "times t between which the forget loss acts (default 0 to where sigma = 6: noise hides the classes above)", metavar="LO,HI")
+    weighting: str = option("balanced", "weight of the forget loss: balanced over noise levels, noise units, or the paper's lambda(t)", choices=("balanced", "noise", "paper"))
     steps: int = option(None, "training steps of Standard and Unseen")
     unlearn_steps: int = option(None, "fine-tuning steps of the SGU models (default 15%% of --steps)")
     batch_size: int = option(None, "images per step")
     lr: float = option(None, "peak learning rate of Adam")
     unlearn_lr: float = option(None, "peak learning rate of the fine-tuning (default half of --lr)")
-    sampler: str = option(None, "em, pc, ode, or ancestral (default ode, for ddpm ancestral)", choices=tuple(SAMPLERS))
+    sampler: str = option(None, "em, pc, ode, or ancestral (default em, for ddpm ancestral)", choices=tuple(SAMPLERS))
     sampler_steps: int = option(None, "sampler steps (default %s)" % ", ".join(f"{k} {v or 1000}" for k, v in SAMPLER_STEPS.items()))
     samples: int = option(None, "images to draw from each model")
     likelihood_samples: int = option(None, "test images of D_g and of D_f whose likelihood is computed")
@@ -1084,6 +1121,7 @@ def resolve(opt):
     if opt.device == "auto":
         opt.device = next(name for name in ("cuda", "mps", "cpu") if kinds[name])
     require(kinds[opt.device], f"--device {opt.device}: this machine or this build of torch has none; use --device cpu")
+    opt.methods, opt.tasks = (",".join(word.strip() for word in words.split(",")) for words in (opt.methods, opt.tasks))
     methods = opt.methods.split(",")
     for name in methods:
         require(name in METHODS, f"--methods: unknown method {name!r}; choose from {', '.join(METHODS)}")
@@ -1091,32 +1129,39 @@ def resolve(opt):
     tuned = [m for m in methods if METHODS[m][1]]
     require(not tuned or opt.training == "retrain" or "standard" in methods, f"--methods: {', '.join(tuned)} by fine-tuning needs standard in the list too")
     for name in opt.tasks.split(","):
-        require(name in ("sample", "likelihood", "inpaint", "reconstruct"), f"--tasks: unknown task {name!r}; choose from sample, likelihood, inpaint, reconstruct")
+        require(name in TASKS, f"--tasks: unknown task {name!r}; choose from {', '.join(TASKS)}")
     require(opt.alpha is None or 0 <= opt.alpha <= 1, f"--alpha must be in [0, 1], not {opt.alpha}")
     if opt.alpha == 0:
         print("sgu: warning: --alpha 0 drops the keep loss, so everything will be forgotten", file=sys.stderr)
     try:
-        lo, hi = map(float, opt.forget_window.split(","))
+        lo, hi = map(float, (opt.forget_window or "0,1").split(","))
     except ValueError:
         raise UsageError(f"--forget-window {opt.forget_window}: give two times, for instance 0,0.8") from None
     require(0 <= lo < hi <= 1, f"--forget-window {opt.forget_window}: needs 0 <= lo < hi <= 1")
     default_forget, default_sde, _ = DATASETS.get(opt.dataset, (None, "vp", ""))
     opt.forget, opt.sde = default_forget if opt.forget is None else opt.forget, opt.sde or default_sde
     require(opt.forget is not None, "--forget: say what to forget, for instance --forget 3,7")
-    opt.sampler = opt.sampler or ("ancestral" if opt.sde == "ddpm" else "ode")
+    opt.forget_window = opt.forget_window or f"0,{float(make_sde(opt.sde).time(torch.tensor(6., dtype=torch.float64))):.3f}"
+    opt.sampler = opt.sampler or ("ancestral" if opt.sde == "ddpm" else "em")
     require(opt.sampler != "ancestral" or opt.sde == "ddpm", "--sampler ancestral belongs to --sde ddpm")
     for name in ("steps", "unlearn_steps", "batch_size", "lr", "unlearn_lr", "sampler_steps", "samples", "likelihood_samples"):
         value = getattr(opt, name)
         require(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} must be positive, not {value}")
-    opt.out = opt.out or f"runs/{pathlib.Path(opt.dataset).stem}-{opt.forget.replace(' ', '')}"
+    require(opt.sampler != "ancestral" or (opt.sampler_steps or 1) <= DDPM().n_steps, f"--sampler-steps: the chain has {DDPM().n_steps} steps, not {opt.sampler_steps}")
+    require(0 <= opt.seed < 2 ** 31, f"--seed must be in 0..{2 ** 31 - 1}, not {opt.seed}")
+    if opt.judge == "clip":
+        import importlib.util
+        require(importlib.util.find_spec("open_clip"), "--judge clip needs open_clip: pip install open_clip_torch, or use --judge cnn")
+
+    data = choose(load_data(opt.dataset, opt.data_root), opt.forget)
+    opt.forget = data["chosen"]                                                         # ' 3, 7' and '3,7' are the same run
+    opt.out = opt.out or f"runs/{pathlib.Path(opt.dataset).stem}-{opt.forget.replace('/', '-')}"
     out = pathlib.Path(opt.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".writable").touch(), (out / ".writable").unlink()
     except OSError as error:
         raise UsageError(f"--out {opt.out}: cannot write there ({error.strerror}); choose another folder") from None
-
-    data = choose(load_data(opt.dataset, opt.data_root), opt.forget)
     side, kind = data["train"].shape[2], "cpu" if opt.device == "cpu" else "gpu"
     preset = PRESETS.get((data["name"], kind)) or PRESETS[28 if side <= 28 else 32 if side <= 32 else 64, kind]
     if opt.sampler_steps is None:
@@ -1126,9 +1171,16 @@ def resolve(opt):
             setattr(opt, name, preset[name])
     opt.unlearn_steps = opt.unlearn_steps or max(1, round(0.15 * opt.steps))
     opt.unlearn_lr = opt.unlearn_lr or opt.lr / 2
-    unit = preset["patch"] * 2 ** (len(preset["channels"]) - 1)
-    require(data["train"].shape[2] == data["train"].shape[3] and side % unit == 0, f"images of {data['name']} are {tuple(data['train'].shape[2:])}; they must be square, with a side that divides by {unit}")
-    data["preset"] = preset
+    network = dict(image_channels=data["train"].shape[1], channels=list(preset["channels"]), blocks=preset["blocks"], patch=preset["patch"], attention=True)
+    if opt.pretrained:
+        load_model(opt.pretrained)
+        saved = read_checkpoint(opt.pretrained)
+        require(saved.get("finished") and saved["sde"] == opt.sde and saved["network"]["image_channels"] == network["image_channels"],
+                f"--pretrained {opt.pretrained}: holds no finished {opt.sde} model of {network['image_channels']}-channel images")
+        network = saved["network"]
+    unit = network["patch"] * 2 ** (len(network["channels"]) - 1)
+    require(side % unit == 0 and side >= 8, f"images of {data['name']} are {side} pixels wide; this network needs a width that divides by {unit}, 8 or more")
+    data.update(preset=preset, network=network)
     return opt, torch.device(opt.device), data
 
 
@@ -1169,11 +1221,11 @@ def load_model(path, device="cpu"):
     """A finished <method>.pt -> (network with its averaged weights, sde); make_score(*load_model(path)) is its score."""
     saved = read_checkpoint(path)
     try:
-        model = UNet(**saved["network"])
+        model, sde = UNet(**saved["network"]), make_sde(saved["sde"])
         model.load_state_dict(saved["ema"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UsageError(f"checkpoint {path} does not fit this sgu.py ({str(error).splitlines()[0]}); delete it and run again") from None
-    return model.to(device).eval().requires_grad_(False), make_sde(saved["sde"])
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UsageError(f"checkpoint {path} holds no model for this sgu.py ({type(error).__name__}: {str(error).splitlines()[0]}); delete it and run again") from None
+    return model.to(device).eval().requires_grad_(False), sde
 
 
 class Progress:
@@ -1196,31 +1248,47 @@ class Progress:
 CHECKPOINT_SECONDS = 30
 
 
+def our_files():
+    """The names of all files that a run leaves in --out."""
+    names = "results.json table.md judge.pt before_after.png losses.png inpaint.png reconstruct.png".split()
+    for m in METHODS:
+        names += [f"{m}.pt", f"samples_{m}.png"] + [f"{'samples' if task == 'sample' else task}_{m}.npz" for task in TASKS]
+    return names
+
+
+def check_same_run(before, config, where):
+    """Refuse to go on with what a run with other options left behind."""
+    changed = [f"{k} {before.get(k)} -> {v}" for k, v in config.items() if before.get(k) != v]
+    if changed:
+        raise UsageError(f"{where} is from a run with other options ({'; '.join(changed) if before else 'unknown'}); use --fresh to start over, or another "
+                         "--out (where --pretrained with the standard.pt of this one spares training Standard again)")
+
+
 def run(opt, interrupted=lambda: False):
     """All stages of the command; every finished stage is on disk and is not repeated. Returns the results dict."""
     asked, (opt, device, data) = opt, resolve(opt)
     out, preset, sde = pathlib.Path(opt.out), data["preset"], make_sde(opt.sde)
     free = ("out", "data_root", "fresh", "methods", "tasks")                           # these change what is done, not its outcome
     config = {k: v for k, v in dataclasses.asdict(opt).items() if k not in free}
-    config["network"] = dict(image_channels=data["train"].shape[1], channels=list(preset["channels"]), blocks=preset["blocks"], patch=preset["patch"], attention=True)
-    config["judge"] = list(preset["judge"])
+    config.update(network=data["network"], judge_network=list(preset["judge"]))
     if opt.fresh:
-        for old in out.glob("*"):
-            if old.suffix in (".pt", ".json", ".npz", ".png", ".md"):
-                old.unlink()
+        for old in our_files():                                                        # nothing else: --out may hold files of the user's
+            if not opt.pretrained or (out / old).absolute() != pathlib.Path(opt.pretrained).absolute():
+                (out / old).unlink(missing_ok=True)
     results = dict(config=config, command=command_of(asked), device=describe(device),
                    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__), seconds={}, judge={}, methods={})
     if (out / "results.json").exists():
         try:
             old = json.loads((out / "results.json").read_text())
-            before = {k: old["config"].get(k) for k in config}
-            old["methods"], old["seconds"], old["judge"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(f"{out / 'results.json'} is damaged or not one of ours; delete it, or use --fresh to start over") from None
-        changed = [f"{k} {before[k]} -> {config[k]}" for k in config if before[k] != config[k]]
-        if changed:
-            raise UsageError(f"{out} holds a run with other options ({'; '.join(changed)}); use --fresh to start over, or another --out")
-        results = {**results, **{k: old[k] for k in ("seconds", "judge", "methods")}}
+            before = {**old["config"]}
+            kept = {k: {**old[k]} for k in ("seconds", "judge", "methods")}
+            kept["methods"] = {k: {**v} for k, v in kept["methods"].items()}
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{out / 'results.json'} is damaged or not one of ours; delete it and run again (what the checkpoints hold is kept), "
+                             "or use --fresh to start over") from None
+        check_same_run(before, config, out)
+        results = {**old, **results, **kept}
+    save_json(out / "results.json", results)                                           # from here on the folder belongs to these options
 
     def stage(name, seconds):
         results["seconds"][name] = round(results["seconds"].get(name, 0) + seconds, 1)
@@ -1232,13 +1300,13 @@ def run(opt, interrupted=lambda: False):
 
     print(f"{data['name']}: forget {', '.join(data['classes'][c] for c in data['forget'])} of {len(data['classes'])} classes, {opt.sde} on {results['device']}; "
           f"{opt.steps} steps of {opt.batch_size}, fine-tuning {opt.unlearn_steps}; results in {out}", file=sys.stderr)
-    judge = get_judge(out, data, preset, opt, device, results, stage, pause)
+    judge = get_judge(out, data, config, opt, device, results, stage, pause)
     tasks = opt.tasks.split(",")
     sure, reference = opinions(judge, data["test"][~is_forgotten(data, "test")])
     results["judge"]["floor"] = float(torch.isin(sure.argmax(1), torch.tensor(data["forget"])).float().mean())
     for method in opt.methods.split(","):
         entry = results["methods"].setdefault(method, {})
-        model = get_model(method, out, data, opt, config["network"], sde, device, stage, pause)
+        model = get_model(method, out, data, opt, config, device, stage, pause)
         score = make_score(torch.compile(model) if opt.compile else model, sde, precision=opt.precision)
         if "sample" in tasks and "unlearning_ratio" not in entry:
             images = get_samples(method, score, sde, out, data, opt, device, stage, pause)
@@ -1250,21 +1318,21 @@ def run(opt, interrupted=lambda: False):
                 save_json(out / "results.json", results)
         key = "variational_bound_bits_per_dim" if opt.sde == "ddpm" else "nll_bits_per_dim"
         if "likelihood" in tasks and key not in entry:
-            entry[key] = measure_likelihood(method, score, sde, data, opt, device, stage, pause)
+            entry[key] = measure_likelihood(method, score, sde, out, data, opt, device, stage, pause)
             save_json(out / "results.json", results)
     results["seconds"]["total"] = round(sum(v for k, v in results["seconds"].items() if k != "total"), 1)
     save_json(out / "results.json", results)
     table = make_table(results)
     replace_file(out / "table.md", lambda p: p.write_text(table))
     draw_pictures(out, data, opt, judge)
-    print(table + f"\nPictures, table and checkpoints are in {out}: before_after.png, losses.png, samples_<method>.png, table.md, results.json")
+    print(table + f"\nIn {out}: " + ", ".join(name for name in our_files() if (out / name).exists()))
     return results
 
 
 def command_of(opt):
     """The command line that gives these Options, for the results file; where files lie is left out."""
     given = {f.name: getattr(opt, f.name) for f in dataclasses.fields(opt) if getattr(opt, f.name) != f.default and f.name not in ("out", "data_root", "fresh")}
-    return " ".join(["python sgu.py"] + [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in given.items()])
+    return " ".join(["python sgu.py"] + [f"--{k.replace('_', '-')}" + ("" if v is True else f" {shlex.quote(str(v))}") for k, v in given.items()])
 
 
 def describe(device):
@@ -1276,45 +1344,51 @@ def describe(device):
     return f"{model or platform.machine()}, {torch.get_num_threads()} threads" + (", mps" if device.type == "mps" else "")
 
 
-def get_judge(out, data, preset, opt, device, results, stage, pause):
+def get_judge(out, data, config, opt, device, results, stage, pause):
     """The judge of this run, from judge.pt or trained now."""
-    path, (width, epochs) = out / "judge.pt", preset["judge"]
+    path, (width, epochs) = out / "judge.pt", config["judge_network"]
     results["judge"]["kind"] = opt.judge
     if opt.judge == "clip":
         judge = ClipJudge(data["classes"]).to(device)
     elif path.exists():
         saved = read_checkpoint(path)
-        judge = Judge(**saved["network"]).to(device)
-        judge.load_state_dict(saved["model"])
+        check_same_run(saved.get("config", {}), config, path)
+        judge = Judge(data["train"].shape[1], len(data["classes"]), width).to(device)
+        try:
+            judge.load_state_dict(saved["model"])
+        except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+            raise UsageError(f"checkpoint {path} holds no judge of {data['name']} ({type(error).__name__}); delete it and run again") from None
     else:
         start, bar = time.time(), None
         for step, steps, judge in train_judge(data, width, epochs, flip=data["train"].shape[1] == 3, device=device, seed=opt.seed):
             bar = bar or Progress("judge", steps)
             bar(step)
             pause()
-        save_checkpoint(path, dict(format="sgu-1", network=judge.config, model=judge.state_dict()))
+        save_checkpoint(path, dict(format="sgu-1", config=config, network=judge.config, model=judge.state_dict()))
         stage("judge", time.time() - start)
     right = opinions(judge, data["test"])[0].argmax(1) == data["test_labels"]
     results["judge"]["test_accuracy"] = float(right.float().mean())
     return judge
 
 
-def get_model(method, out, data, opt, network, sde, device, stage, pause):
+def get_model(method, out, data, opt, config, device, stage, pause):
     """The averaged network of a method: from <method>.pt, or trained (on) now, saving every CHECKPOINT_SECONDS."""
-    path, forget_loss = out / f"{method}.pt", METHODS[method][1]
-    if method == "standard" and opt.pretrained and not path.exists():
+    path, forget_loss, sde = out / f"{method}.pt", METHODS[method][1], make_sde(opt.sde)
+    if method == "standard" and opt.pretrained:
         saved = read_checkpoint(opt.pretrained)
-        if saved.get("sde") != opt.sde or not saved.get("finished"):
-            raise UsageError(f"--pretrained {opt.pretrained}: holds no finished {opt.sde} model")
-        load_model(opt.pretrained)
-        save_checkpoint(path, saved)
-    saved = read_checkpoint(path) if path.exists() else dict(format="sgu-1", method=method, network=network, sde=opt.sde, finished=False, state=None, losses=[])
+        if not path.exists() or path.samefile(opt.pretrained):
+            save_checkpoint(path, {**saved, "method": method, "config": config})
+    saved = read_checkpoint(path) if path.exists() else dict(format="sgu-1", method=method, config=config, network=config["network"], sde=opt.sde,
+                                                             finished=False, state=None, losses=[])
+    check_same_run(saved.get("config", {}), config, path)
+    if saved.get("method") != method or "losses" not in saved or not (saved.get("finished") or saved.get("state") or not path.exists()):
+        raise UsageError(f"checkpoint {path} is not of {method}; delete it and run again")
     if saved["finished"]:
         return load_model(path, device)[0]
     forgotten = is_forgotten(data, "train")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(opt.seed)
-        model = UNet(**network).to(device)
+        model = UNet(**config["network"]).to(device)
     tune = forget_loss is not None and opt.training == "finetune"
     if tune and saved["state"] is None:
         model.load_state_dict(load_model(out / "standard.pt")[0].state_dict())
@@ -1335,7 +1409,7 @@ def get_model(method, out, data, opt, network, sde, device, stage, pause):
 
     fast = torch.compile(model) if opt.compile else model
     for info in train(fast, ema, sde, keep, forget, forget_loss, alpha, steps=steps, batch_size=opt.batch_size, lr=lr, warmup=steps // 20 + 1,
-                      window=tuple(map(float, opt.forget_window.split(","))), forget_weighting=opt.weighting, precision=opt.precision,
+                      window=tuple(map(float, opt.forget_window.split(","))), forget_weighting=None if opt.weighting == "balanced" else opt.weighting, precision=opt.precision,
                       seed=opt.seed, state=saved["state"]):
         if info["step"] % 10 == 0 or info["step"] == steps:
             saved["losses"].append([info["step"], info["keep"], info["forget"]])
@@ -1351,48 +1425,66 @@ def get_model(method, out, data, opt, network, sde, device, stage, pause):
     return ema.eval()
 
 
-def get_samples(method, score, sde, out, data, opt, device, stage, pause):
-    """opt.samples images of a model, (N, C, H, W) uint8, kept in samples_<method>.npz; the same noise for every method."""
-    path, images = out / f"samples_{method}.npz", []
-    chunk = 250 if device.type == "cpu" else 1000
-    if path.exists():
-        try:
-            images = list(torch.from_numpy(np.load(path)["images"]).split(chunk))
-        except Exception:
-            raise UsageError(f"{path} is damaged; delete it and run again") from None
-    bar, start = Progress(f"sample {method}", opt.samples, sum(map(len, images))), time.time()
-    while (done := sum(map(len, images))) < opt.samples:
-        n = min(chunk, opt.samples - done)
-        g = torch.Generator(device).manual_seed(opt.seed * 1_000_003 + len(images))
-        x = SAMPLERS[opt.sampler](score, sde, (n, *data["train"].shape[1:]), steps=opt.sampler_steps, generator=g, device=device)
-        images.append(((x.clamp(-1, 1) + 1) * 128).floor().clamp(0, 255).to(torch.uint8).cpu())
-        replace_file(path, lambda p: np.savez_compressed(open(p, "wb"), images=torch.cat(images).numpy()))
-        bar(sum(map(len, images)))
-        stage(f"sample {method}", time.time() - start)
+def to_levels(x):
+    """Images in [-1, 1] -> uint8 on the CPU, the inverse of dequantise."""
+    return ((x.clamp(-1, 1) + 1) * 128).floor().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def from_levels(x):
+    """uint8 -> the middle of each level's cell in [-1, 1]."""
+    return (x + 0.5) / 128 - 1
+
+
+def read_arrays(path, *needed):
+    """The arrays of an .npz that this file wrote, name -> array, the needed ones among them."""
+    try:
+        with np.load(path) as z:
+            return {k: z[k] for k in (*z.files, *needed)}
+    except Exception:
+        raise UsageError(f"{path} is damaged; delete it and run again") from None
+
+
+def in_chunks(label, path, key, total, chunk, compute, opt, device, stage, pause):
+    """compute(rows, generator) for slices of range(total), concatenated. What is done is kept in path under key: a run that was stopped goes on.
+
+    The generator of a slice depends on --seed and where the slice starts, so that every method meets the same random numbers.
+    """
+    kept = read_arrays(path) if path.exists() else {}
+    parts = [torch.from_numpy(kept[key])] if key in kept else []
+    done, start = sum(map(len, parts)), time.time()
+    bar = Progress(label, total, done)
+    while done < total:
+        rows = slice(done, min(done + chunk, total))
+        parts.append(compute(rows, torch.Generator(device).manual_seed(opt.seed * 1_000_003 + rows.start)))
+        done, kept[key] = rows.stop, torch.cat(parts).numpy()
+        replace_file(path, lambda p: np.savez_compressed(p, **kept))
+        bar(done)
+        stage(" ".join(label.split()[:2]), time.time() - start)
         start = time.time()
         pause()
-    return torch.cat(images)
+    return torch.cat(parts)[:total]
 
 
-def measure_likelihood(method, score, sde, data, opt, device, stage, pause):
-    """Bits/dim of the first test images of D_g and D_f (the same for every method): mean, n, standard error of the mean.
+def get_samples(method, score, sde, out, data, opt, device, stage, pause):
+    """opt.samples images of a model, (N, C, H, W) uint8, kept in samples_<method>.npz; the same noise for every method."""
+    def compute(rows, g):
+        shape = (rows.stop - rows.start, *data["train"].shape[1:])
+        return to_levels(SAMPLERS[opt.sampler](score, sde, shape, steps=opt.sampler_steps, generator=g, device=device))
+    return in_chunks(f"sample {method}", out / f"samples_{method}.npz", "images", opt.samples, 250 if device.type == "cpu" else 1000, compute, opt, device, stage, pause)
 
-    For a DDPM it is the variational bound, and is called so in the results.
+
+def measure_likelihood(method, score, sde, out, data, opt, device, stage, pause):
+    """Bits/dim of the first test images of D_g and D_f (the same for every method): mean, n, standard error of the mean (None for n = 1).
+
+    For a DDPM it is the variational bound, and is called so in the results. Every image's own value is in likelihood_<method>.npz.
     """
-    forgotten, result, chunk = is_forgotten(data, "test"), {}, 50 if device.type == "cpu" else 250
+    forgotten, result, bound = is_forgotten(data, "test"), dict(n={}, se={}), variational_bound if opt.sde == "ddpm" else bits_per_dim
     for key, mask in (("D_g", ~forgotten), ("D_f", forgotten)):
-        x, bits, start = data["test"][mask][:opt.likelihood_samples], [], time.time()
-        bar = Progress(f"likelihood {method} {key}", len(x))
-        for i, part in enumerate(x.split(chunk)):
-            g = torch.Generator(device).manual_seed(opt.seed * 1_000_003 + i)
-            bound = variational_bound if opt.sde == "ddpm" else bits_per_dim
-            bits.append(bound(score, sde, (part.to(device) + 0.5) / 128 - 1, generator=g).cpu())
-            bar(sum(map(len, bits)))
-            pause()
-        bits = torch.cat(bits)
-        result[key], result.setdefault("se", {})[key] = float(bits.mean()), float(bits.std() / math.sqrt(len(bits)))
-        result.setdefault("n", {})[key] = len(bits)
-        stage(f"likelihood {method}", time.time() - start)
+        x = data["test"][mask][:opt.likelihood_samples]
+        compute = lambda rows, g: bound(score, sde, from_levels(x[rows].to(device)), generator=g).cpu()
+        bits = in_chunks(f"likelihood {method} {key}", out / f"likelihood_{method}.npz", key, len(x), 50 if device.type == "cpu" else 250, compute, opt, device, stage, pause)
+        result[key], result["n"][key] = float(bits.mean()), len(bits)
+        result["se"][key] = float(bits.std() / math.sqrt(len(bits))) if len(bits) > 1 else None
     return result
 
 
@@ -1401,27 +1493,26 @@ def measure_restoration(task, method, score, sde, judge, out, data, opt, device,
 
     inpaint hides the upper half (of faces, 32 rows by 64 columns); reconstruct noises to t = 0.02 and walks back.
     """
-    forgotten, result, strips, chunk = is_forgotten(data, "test"), {}, {}, 50 if device.type == "cpu" else 500
+    forgotten, result = is_forgotten(data, "test"), {}
+    known = upper_half_hidden(data["test"])
     for key, mask in (("D_g", ~forgotten), ("D_f", forgotten)):
         x, labels = data["test"][mask][:opt.likelihood_samples], data["test_labels"][mask][:opt.likelihood_samples]
-        bar, start, restored = Progress(f"{task} {method} {key}", len(x)), time.time(), []
-        hidden = torch.ones(x.shape[2:])
-        hidden[:x.shape[2] // 2] = 0
-        for i, part in enumerate(x.split(chunk)):
-            g, images = torch.Generator(device).manual_seed(opt.seed * 1_000_003 + i), (part.to(device) + 0.5) / 128 - 1
-            y = inpaint(score, sde, images, hidden, generator=g) if task == "inpaint" else reconstruct(score, sde, images, generator=g)
-            restored.append(((y.clamp(-1, 1) + 1) * 128).floor().clamp(0, 255).to(torch.uint8).cpu())
-            bar(sum(map(len, restored)))
-            pause()
-        restored = torch.cat(restored)
+        def compute(rows, g):
+            images = from_levels(x[rows].to(device))
+            return to_levels(inpaint(score, sde, images, known, generator=g) if task == "inpaint" else reconstruct(score, sde, images, generator=g))
+        restored = in_chunks(f"{task} {method} {key}", out / f"{task}_{method}.npz", key, len(x), 50 if device.type == "cpu" else 500, compute, opt, device, stage, pause)
         (probs, features), (clean_probs, clean) = opinions(judge, restored), opinions(judge, x)
         right = int((probs.argmax(1) == labels).sum())
         result[key] = dict(accuracy=right / len(x), ci95=wilson(right, len(x)), clean=float((clean_probs.argmax(1) == labels).float().mean()),
                            n=len(x), distance=float((features - clean).norm(dim=1).mean()))
-        strips.update({f"{key}_original": x[:8].numpy(), f"{key}_masked": (x[:8] * hidden).to(torch.uint8).numpy(), f"{key}_restored": restored[:8].numpy()})
-        stage(f"{task} {method}", time.time() - start)
-    replace_file(out / f"{task}_{method}.npz", lambda p: np.savez_compressed(open(p, "wb"), **strips))
     return result
+
+
+def upper_half_hidden(x):
+    """The mask of the inpainting task for images x: (..., H, W): 0 on the upper half, 1 (known) below. -> (H, W)."""
+    mask = torch.ones(x.shape[-2:])
+    mask[:x.shape[-2] // 2] = 0
+    return mask
 
 
 # The paper's Table 2: (data set, schedule) -> class rows of the unlearning ratio in %, then D_g and D_f in bits/dim (with its +8, see
@@ -1441,56 +1532,69 @@ def make_table(results):
     config, methods = results["config"], results["methods"]
     order = [m for m in ("standard", "orthogonal", "obtuse", "unseen") if m in methods] + [m for m in methods if m not in TITLES]
     paper = PAPER.get((config["dataset"] if config["dataset"] in DATASETS else pathlib.Path(config["dataset"]).stem, config["sde"]), {})
+    if set(paper) - {"total", "D_g", "D_f"} != set(config["forget"].split(",")):
+        paper = {}                                                                      # the paper forgot something else
     quote = lambda row, scale: [f"{paper[row][('standard', 'orthogonal', 'obtuse', 'unseen').index(m)]:{scale}}" if m in TITLES and row in paper else "" for m in order]
     row = lambda name, who, cells: f"| {name} | {who} | " + " | ".join(cells) + " |"
     head = lambda title: [row(title, "", [TITLES.get(m, m) for m in order]), "|---|---|" + "---:|" * len(order)]
     measured = [methods[m] for m in order]
+    first = lambda field: next((m[field] for m in measured if field in m), None)       # None: no method has it, leave its part out
+
+    def cells(text):
+        """text(entry) for every method, a dash where it was not measured."""
+        def one(m):
+            try:
+                return text(m)
+            except (KeyError, TypeError):
+                return "-"
+        return [one(m) for m in measured]
+
     lines = [f"{config['dataset']}, {config['sde']}, forget {config['forget']}; {results['device']}; seed {config['seed']}; `{results['command']}`", ""]
-    if all("unlearning_ratio" in m for m in measured):
+    percent = lambda share, interval: f"{100 * share:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    if ratio := first("unlearning_ratio"):
         lines += head("unlearning ratio, %")
-        for name in [k for k in measured[0]["unlearning_ratio"] if k not in ("n", "ci95")]:
-            lines.append(row(name, "ours", [f"{100 * m['unlearning_ratio'][name]:.1f}" + (
-                f" [{100 * m['unlearning_ratio']['ci95'][0]:.1f}, {100 * m['unlearning_ratio']['ci95'][1]:.1f}]" if name == "total" else "") for m in measured]))
+        for name in [k for k in ratio if k not in ("n", "ci95")]:
+            lines.append(row(name, "ours", cells(lambda m: percent(m["unlearning_ratio"][name], m["unlearning_ratio"]["ci95"]) if name == "total"
+                                                 else f"{100 * m['unlearning_ratio'][name]:.1f}")))
             if name in paper:
                 lines.append(row("", "paper", quote(name, ".1f")))
-        lines += ["", f"n = {measured[0]['unlearning_ratio']['n']} samples a method, 95% Wilson interval; {config['sampler']} sampler, {config['sampler_steps']} steps. "
-                  f"Judge: our own CNN, test accuracy {100 * results['judge']['test_accuracy']:.2f}%, finds {100 * results['judge']['floor']:.2f}% forgotten classes in real D_g images (its floor).", ""]
+        judge = results["judge"]
+        lines += ["", f"n = {ratio['n']} samples a method, 95% Wilson interval; {config['sampler']} sampler, {config['sampler_steps']} steps. "
+                  f"Judge: {'CLIP, zero-shot' if judge.get('kind') == 'clip' else 'our own CNN'}, test accuracy {100 * judge['test_accuracy']:.2f}%, "
+                  f"finds {100 * judge['floor']:.2f}% forgotten classes in real D_g images (its floor).", ""]
         lines += head("quality")
-        lines.append(row("judge unsure, %", "ours", [f"{100 * m['unsure']:.1f}" for m in measured]))
-        lines.append(row("Frechet distance, kept", "ours", [f"{m['frechet_kept']:.2f}" if m["frechet_kept"] is not None else "-" for m in measured]))
+        lines.append(row("judge unsure, %", "ours", cells(lambda m: f"{100 * m['unsure']:.1f}")))
+        lines.append(row("Frechet distance, kept", "ours", cells(lambda m: f"{m['frechet_kept']:.2f}")))
         lines.append("")
     for field, title in (("nll_bits_per_dim", "NLL, bits/dim"), ("variational_bound_bits_per_dim", "variational bound, bits/dim")):
-        if not all(field in m for m in measured):
+        if not first(field):
             continue
         lines += head(title)
         for key in ("D_g", "D_f"):
-            lines.append(row(key, "ours", [f"{m[field][key]:.2f} ± {m[field]['se'][key]:.2f}" for m in measured]))
+            lines.append(row(key, "ours", cells(lambda m: f"{m[field][key]:.2f}" + (f" ± {m[field]['se'][key]:.2f}" if m[field]["se"][key] is not None else ""))))
             if key in paper and field == "nll_bits_per_dim":
                 lines.append(row("", "paper", quote(key, ".2f")))
-        n = measured[0][field]["n"]
+        n = first(field)["n"]
         lines += ["", f"n = {n['D_g']} and {n['D_f']} test images, ± one standard error.", ""]
     for task in ("inpaint", "reconstruct"):
-        if all(task in m for m in measured):
+        if some := first(task):
             lines += head(f"{task}, accuracy %")
             for key in ("D_g", "D_f"):
-                lines.append(row(key, "ours", [f"{100 * m[task][key]['accuracy']:.1f} [{100 * m[task][key]['ci95'][0]:.1f}, {100 * m[task][key]['ci95'][1]:.1f}]" for m in measured]))
-                lines.append(row("", "distance", [f"{m[task][key]['distance']:.2f}" for m in measured]))
-            first = measured[0][task]
-            lines += ["", f"n = {first['D_g']['n']} and {first['D_f']['n']} test images, of which the judge names {100 * first['D_g']['clean']:.1f}% and {100 * first['D_f']['clean']:.1f}% rightly before.", ""]
+                lines.append(row(key, "ours", cells(lambda m: percent(m[task][key]["accuracy"], m[task][key]["ci95"]))))
+                lines.append(row("", "distance", cells(lambda m: f"{m[task][key]['distance']:.2f}")))
+            lines += ["", f"n = {some['D_g']['n']} and {some['D_f']['n']} test images, of which the judge names {100 * some['D_g']['clean']:.1f}% and {100 * some['D_f']['clean']:.1f}% rightly before.", ""]
     return "\n".join(lines) + "\n"
 
 
 def draw_pictures(out, data, opt, judge):
     """samples_<method>.png (what the judge calls forgotten is framed), before_after.png, losses.png, from what the run left in out."""
-    import matplotlib
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
     methods, found = opt.methods.split(","), {}
     show = lambda ax, image: ax.imshow(image.transpose(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     for method in methods:
         path = out / f"samples_{method}.npz"
         if path.exists():
-            images = np.load(path)["images"][:100]
+            images = read_arrays(path, "images")["images"][:100]
             found[method] = images, torch.isin(opinions(judge, torch.from_numpy(images))[0].argmax(1), torch.tensor(data["forget"]))
 
     def grid(name, images, framed, columns, titles=None):
@@ -1515,13 +1619,16 @@ def draw_pictures(out, data, opt, judge):
         grid("before_after.png", [i for images, _ in found.values() for i in images[:n]], [f for _, framed in found.values() for f in framed[:n]],
              min(n, len(next(iter(found.values()))[0])), [TITLES.get(m, m) for m in found])
     for task in ("inpaint", "reconstruct"):
-        strips = {m: np.load(out / f"{task}_{m}.npz") for m in methods if (out / f"{task}_{m}.npz").exists()}
-        if strips:
-            first, rows = next(iter(strips.values())), ["original"] + (["masked"] if task == "inpaint" else [])
-            images = [np.concatenate([first[f"{key}_{row}"] for key in ("D_g", "D_f")]) for row in rows]
-            images += [np.concatenate([z[f"{key}_restored"] for key in ("D_g", "D_f")]) for z in strips.values()]
-            framed = ([False] * len(first["D_g_original"]) + [True] * len(first["D_f_original"])) * len(images)
-            grid(f"{task}.png", [i for row in images for i in row], framed, len(images[0]), rows + [TITLES.get(m, m) for m in strips])
+        strips = {m: read_arrays(out / f"{task}_{m}.npz", "D_g", "D_f") for m in methods if (out / f"{task}_{m}.npz").exists()}
+        if strips:                                                                      # eight images of D_g, then eight of D_f, framed
+            first, masks = next(iter(strips.values())), [is_forgotten(data, "test") == wanted for wanted in (False, True)]
+            originals = [data["test"][mask][:min(8, len(first[key]))].numpy() for key, mask in zip(("D_g", "D_f"), masks)]
+            rows = {"original": np.concatenate(originals)}
+            if task == "inpaint":
+                rows["masked"] = rows["original"] * upper_half_hidden(data["test"]).to(torch.uint8).numpy()
+            rows.update({TITLES.get(m, m): np.concatenate([z[key][:8] for key in ("D_g", "D_f")]) for m, z in strips.items()})
+            framed = ([False] * len(originals[0]) + [True] * len(originals[1])) * len(rows)
+            grid(f"{task}.png", [image for row in rows.values() for image in row], framed, sum(map(len, originals)), list(rows))
     figure = Figure(figsize=(9, 3.2))
     axes = figure.subplots(1, 2)
     for method, colour in zip(methods, ("#000000", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")):
@@ -1544,15 +1651,24 @@ def main(argv=None):
         stop.append(1)
         if len(stop) > 1:
             raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, on_interrupt)
+    before = signal.signal(signal.SIGINT, on_interrupt)
     try:
         run(opt, interrupted=lambda: bool(stop))
     except (UsageError, FloatingPointError) as error:
-        print(f"sgu: {error}", file=sys.stderr)
+        print(f"sgu: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"sgu: cannot write {error.filename or 'the results'} ({error.strerror or error}); the same command goes on from what is saved", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"sgu: out of memory ({str(error).split('. ')[0]}); the same command goes on from what is saved, on a machine with more memory, or --fresh "
+              "with a smaller --batch-size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nsgu: stopped and saved; the same command goes on from here", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     return 0
 
 

@@ -258,8 +258,8 @@ def train_toy(name, x_g, x_f, steps=2000, batch_size=512, lr=6e-3, seed=0):
 # =====================================================================================================================
 
 BLUE, ORANGE = "#0072B2", "#E69F00"                                                     # kept, forgotten
-COLOURS = dict(standard="#000000", unseen="#56B4E9", orthogonal="#009E73", obtuse="#CC79A7", obtuse_score="#D55E00")
-MARKERS = dict(standard="o", unseen="s", orthogonal="D", obtuse="^", obtuse_score="v")
+COLOURS = dict(standard="#000000", unseen="#009E73", orthogonal="#0072B2", obtuse="#D55E00", obtuse_score="#CC79A7")   # as in the notebooks
+MARKERS = dict(standard="o", unseen="s", orthogonal="^", obtuse="v", obtuse_score="D")
 PAPER = dict(standard=(10.91, 10.73), unseen=(10.63, 11.59))                            # Table 1: D_g, D_f, in the paper's unit
 PAPER_UNLEARNING = (10.64, 39.01)                                                       # it does not say by which loss
 
@@ -302,7 +302,7 @@ def make_table(results):
     return "\n".join(lines) + "\n"
 
 
-def figure1(path, results, training, samples):
+def figure1(results, training, samples):
     """Figure 1: for every method its training data (left) and what it generates (right), and all of them beside the limit."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -315,8 +315,7 @@ def figure1(path, results, training, samples):
             ax.scatter(x[:, 0], x[:, 1], linewidths=0, **look)
         ax.set(xlim=(-5.6, 5.6), ylim=(-5.6, 5.6), xticks=(), yticks=(), aspect="equal")
         ax.set_title(title, fontsize=8.5, pad=3)
-        for spine in ax.spines.values():
-            spine.set(color="0.75")
+        ax.spines[:].set(color="0.75", visible=True)
 
     for i, (name, m) in enumerate(results["methods"].items()):
         r, c = divmod(i, 2)
@@ -357,10 +356,10 @@ def figure1(path, results, training, samples):
                                     (0.5, ORANGE, "^", "to forget: D_f, or generated nearest to its mean")):
         figure.add_artist(Line2D([x - 0.012], [0.979], marker=marker, color=colour, ms=6, lw=0))
         figure.text(x, 0.979, text, va="center", fontsize=9.5)
-    sgu.replace_file(path, lambda p: figure.savefig(p, dpi=160, format="png"))
+    return figure
 
 
-def figure2(path, scores, t=0.08):
+def figure2(scores, t=0.08):
     """Figure 2: the score fields at time t over the density of D, two of them compared, and all along the diagonal.
 
     At t = 0.08 (s = 0.018) the loss hardly sees the score: a score wrong by 1 moves e by 0.018, while its target z varies by 1. So a
@@ -383,6 +382,7 @@ def figure2(path, scores, t=0.08):
     def background(ax, title):
         ax.contourf(fine, fine, density, levels=10, cmap="Greys", vmin=0, vmax=2.2 * float(density.max()))
         ax.set(xlim=(-5.2, 5.2), ylim=(-5.2, 5.2), xticks=(), yticks=(), aspect="equal")
+        ax.spines[:].set(color="0.75", visible=True)
         ax.set_title(title, fontsize=10, loc="left", fontweight="bold", pad=4)
 
     def arrows(ax, score, colour):
@@ -412,7 +412,7 @@ def figure2(path, scores, t=0.08):
     ax.legend(fontsize=7.5, frameon=False, loc="upper left", borderaxespad=0.1, handlelength=1.4)
     figure.text(0.02, 0.988, f"Learned scores at t = {t:g} over the density of D. Arrows are |score|/(1 + |score|/4) long; "
                 "orange: D_f is denser there than D_g. In (e) Standard is black.", va="top", fontsize=8.5)
-    sgu.replace_file(path, lambda p: figure.savefig(p, dpi=160, format="png"))
+    return figure
 
 
 # =====================================================================================================================
@@ -492,10 +492,10 @@ def run(opt):
         scores[name], results["seconds"][f"measure {name}"] = score, round(time.time() - start, 1)
 
     start = time.time()
-    figure1(out / "figure1.png", results, training, samples)
-    figure2(out / "figure2.png", scores)
+    for name, figure in (("figure1.png", figure1(results, training, samples)), ("figure2.png", figure2(scores))):
+        sgu.replace_file(out / name, lambda p: figure.savefig(p, dpi=160, format="png"))
     results["seconds"].update(figures=round(time.time() - start, 1), total=round(time.time() - begin, 1))
-    table = make_table(results)
+    table = results["markdown"] = make_table(results)
     sgu.replace_file(out / "table1.md", lambda p: p.write_text(table))
     sgu.save_json(out / "results.json", results)
     print(table + f"\n{results['seconds']['total']:.0f} s. Pictures and numbers are in {out}: figure1.png, figure2.png, table1.md, results.json")

@@ -1,0 +1,168 @@
+# %% [markdown]
+# # Exercise 1: schedules and marginals
+#
+# Every image of this course is spoiled in one way only: it is shrunk a little and Gaussian noise is added,
+#
+# $$x_t = a(t) x_0 + s(t) z, \qquad z \sim N(0, I), \qquad t \in [0, 1].$$
+#
+# A *schedule* says how $a$ and $s$ change with $t$. Here you write three of them. Read section 1 of `sgu.py` after you have tried, not before.
+# 5 questions, 11 points, about 40 minutes.
+
+# %%
+import math, sys
+sys.path.insert(0, "../..")                        # sgu.py and test_sgu.py lie two folders up
+import torch
+import sgu, test_sgu
+from test_sgu import F64, SDES
+
+# %% look
+import matplotlib.pyplot as plt
+digit = sgu.draw_glyphs(3, seed=0)[0][:1] / 127.5 - 1
+times = torch.linspace(0.05, 0.95, 8)
+figure, axes = plt.subplots(2, 8, figsize=(10, 2.7))
+for row, name in zip(axes, ("VE", "VP")):
+    for ax, t in zip(row, times):
+        a, s = SDES[name].marginal(t.reshape(1))
+        x = a * digit + s * torch.randn(digit.shape, generator=torch.Generator().manual_seed(0))
+        ax.imshow(x[0, 0] / (a ** 2 * 0.25 + s ** 2).sqrt(), cmap="gray", vmin=-2, vmax=2), ax.axis("off")
+        ax.set_title(f"{name}, t = {float(t):.2f}", fontsize=8)
+
+# %% [markdown]
+# ## Question 1.1 (2 points, 5 minutes)
+#
+# *Variance exploding* keeps the image and lets the noise grow, so that $\log s$ is a straight line in $t$:
+#
+# $$a(t) = 1, \qquad s(t) = s_{\min} \left( \frac{s_{\max}}{s_{\min}} \right)^{t}.$$
+#
+# Write it for a whole batch of times. **Marked by** `check_ve_marginal`: your $a$ and $s$ at $t = 0, 1/2, 1$.
+
+# %% student 1.1
+def ve_marginal(t, sigma_min=0.01, sigma_max=20.):
+    """t: (B,) in [0, 1] -> a: (B,), s: (B,)."""
+    raise NotImplementedError("question 1.1")
+
+# %% solution 1.1
+def ve_marginal(t, sigma_min=0.01, sigma_max=20.):
+    """t: (B,) in [0, 1] -> a: (B,), s: (B,)."""
+    return torch.ones_like(t), sigma_min * (sigma_max / sigma_min) ** t
+
+# %% check 1.1 (2 points)
+test_sgu.check_ve_marginal(ve_marginal)
+
+# %% [markdown]
+# ## Question 1.2 (3 points, 10 minutes)
+#
+# *Variance preserving* shrinks the image while the noise comes in, so that data of variance 1 keep variance 1. With
+# $\beta(t) = \beta_0 + t (\beta_1 - \beta_0)$,
+#
+# $$a(t) = \exp\left( -\frac{1}{2} \int_0^t \beta(r) dr \right), \qquad s(t)^2 = 1 - a(t)^2.$$
+#
+# Do the integral on paper. Near $t = 0$ both terms of $1 - a^2$ are almost equal, and float32 loses every digit of their difference;
+# `torch.expm1(y)` is $e^y - 1$ without that loss.
+# **Marked by** `check_vp_marginal`: values at $t = 0, 1/2, 1$, and float32 against float64 at $t = 10^{-4}$.
+
+# %% student 1.2
+def vp_marginal(t, beta_0=0.1, beta_1=20.):
+    """t: (B,) in [0, 1] -> a: (B,), s: (B,)."""
+    raise NotImplementedError("question 1.2")
+
+# %% solution 1.2
+def vp_marginal(t, beta_0=0.1, beta_1=20.):
+    """t: (B,) in [0, 1] -> a: (B,), s: (B,)."""
+    log_a = -0.5 * (t * beta_0 + t ** 2 / 2 * (beta_1 - beta_0))
+    return log_a.exp(), (-torch.expm1(2 * log_a)).sqrt()
+
+# %% check 1.2 (3 points)
+test_sgu.check_vp_marginal(vp_marginal)
+
+# %% [markdown]
+# ## Question 1.3 (2 points, 10 minutes)
+#
+# The same process as a stochastic differential equation is $dx = f(x, t) dt + g(t) dw$ (Eq. 3 of the paper). For a drift that is linear in $x$,
+# the mean and the variance of $x_t$ obey
+#
+# $$\frac{da}{dt} = \frac{f}{x} a, \qquad \frac{d(s^2)}{dt} = 2 \frac{f}{x} s^2 + g^2.$$
+#
+# Find $f$ and $g$ of the variance preserving schedule from these two lines. **Marked by** `check_schedule`: both equations, by finite differences.
+
+# %% student 1.3
+def vp_drift(x, t):
+    """x: (B, D), t: (B,) -> f(x, t): (B, D)."""
+    raise NotImplementedError("question 1.3")
+
+def vp_diffusion(t):
+    """t: (B,) -> g(t): (B,)."""
+    raise NotImplementedError("question 1.3")
+
+# %% solution 1.3
+def vp_drift(x, t):
+    """x: (B, D), t: (B,) -> f(x, t): (B, D)."""
+    return -0.5 * (0.1 + 19.9 * t)[:, None] * x
+
+def vp_diffusion(t):
+    """t: (B,) -> g(t): (B,)."""
+    return (0.1 + 19.9 * t).sqrt()
+
+# %% check 1.3 (2 points)
+test_sgu.check_schedule(SDES["VP"], drift=vp_drift, diffusion=vp_diffusion)
+
+# %% [markdown]
+# ## Question 1.4 (1 point, 5 minutes): predict, then run
+#
+# $\sigma = s/a$ is the ratio of noise to signal. Look at the lower row of pictures: at which $t$ do you think is $\sigma = 1$ for the
+# variance preserving schedule? Write down a number *before* you compute anything; the check then compares it with the formula.
+# **Marked by** `check_prediction`: within 0.1.
+
+# %% student 1.4
+raise NotImplementedError("question 1.4")          # delete this line and write your guess below
+guess_1_4 = 0.5
+
+# %% solution 1.4
+guess_1_4 = 0.26
+
+# %% check 1.4 (1 point)
+test_sgu.check_prediction(guess_1_4, float(SDES["VP"].time(torch.ones(1, dtype=F64))), 0.1,
+                          "a^2 = 1/2 needs int beta = log 2 = 0.69 only; beta grows to 20, so most of the time axis is mostly noise")
+
+# %% [markdown]
+# ## Question 1.5 (3 points, 10 minutes): find the bug
+#
+# A DDPM is a chain of $n = 1000$ small steps, $x_k = \sqrt{1 - \beta_k} x_{k-1} + \sqrt{\beta_k} z$, at the times $t = k/n$. The usual
+# abbreviation is $\bar\alpha_k = \prod_{j \le k} (1 - \beta_j)$. One line below is wrong. Put its number into `line_1_5`, and mend it.
+# **Marked by** `check_ddpm_chain`, which walks the chain step by step, and by your line number.
+
+# %% student 1.5 bug: this is abar = a^2: take the square root
+def ddpm_marginal(t):                                            # line 1
+    """t: (B,), multiples of 1/1000 -> a: (B,), s: (B,)."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=F64)          # line 3
+    abar = (1 - betas).cumprod(0)                                # line 4
+    k = (t * 1000).round().long()                                # line 5
+    a = abar[k - 1]                                              # line 6
+    s = (1 - abar[k - 1]).sqrt()                                 # line 7
+    return a.to(t), s.to(t)                                      # line 8
+
+line_1_5 = 0
+
+# %% solution 1.5
+def ddpm_marginal(t):                                            # line 1
+    """t: (B,), multiples of 1/1000 -> a: (B,), s: (B,)."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=F64)          # line 3
+    abar = (1 - betas).cumprod(0)                                # line 4
+    k = (t * 1000).round().long()                                # line 5
+    a = abar[k - 1].sqrt()                                       # line 6
+    s = (1 - abar[k - 1]).sqrt()                                 # line 7
+    return a.to(t), s.to(t)                                      # line 8
+
+line_1_5 = 6
+
+# %% check 1.5 (3 points)
+test_sgu.check_ddpm_chain(ddpm_marginal)
+test_sgu.check_line(line_1_5, "1.5")
+
+# %% look
+t = torch.linspace(0.001, 1, 1000, dtype=F64)
+figure, ax = plt.subplots(figsize=(6, 3))
+for name, marginal, style in (("VE", ve_marginal, "-"), ("VP", vp_marginal, "--"), ("DDPM", ddpm_marginal, ":")):
+    a, s = marginal(t)
+    ax.semilogy(t, s / a, style, lw=2, label=name)
+ax.set(xlabel="t", ylabel="noise over signal, s/a", title="Your three schedules"), ax.legend(frameon=False);

@@ -1,0 +1,179 @@
+# %% [markdown]
+# # Exercise 6: unlearning a class of digits
+#
+# Now for real: a network that draws all ten digits shall forget 3 and 7. It starts from the small MNIST model that comes with this repository
+# (`notebooks/results/mnist_standard.pt`). Where that file or MNIST is missing, a tiny model of font digits is trained instead, in about a minute.
+# This belongs to section 7 of `sgu.py`. 4 questions, 11 points, about 65 minutes.
+
+# %%
+import copy, math, os, pathlib, sys
+sys.path.insert(0, "../..")                        # sgu.py and test_sgu.py lie two folders up
+import torch
+import sgu, test_sgu
+from test_sgu import seeded
+
+quick = os.environ.get("SGU_QUICK", "0") != "0"    # SGU_QUICK=1: tiny sizes, to see that everything runs
+
+def get_standard():
+    """-> the Standard network (averaged weights), its schedule, the data set."""
+    checkpoint = pathlib.Path("../results/mnist_standard.pt")
+    if checkpoint.exists() and not quick:
+        try:
+            return *sgu.load_model(checkpoint), sgu.choose(sgu.load_data("mnist", "../../data"), "3,7")
+        except sgu.UsageError as error:
+            print(error)
+    images, labels = sgu.draw_glyphs(400 if quick else 4000, seed=0)
+    data = sgu.choose(dict(name="glyphs", train=images[100:], train_labels=labels[100:], test=images[:100], test_labels=labels[:100], classes=sgu.DIGITS), "3,7")
+    torch.manual_seed(0)
+    model = sgu.UNet(channels=(8, 16) if quick else (32, 64))
+    ema, sde = copy.deepcopy(model), sgu.VE()
+    for info in sgu.train(model, ema, sde, data["train"], steps=40 if quick else 400, batch_size=32 if quick else 64, lr=2e-3):
+        pass
+    return ema.eval().requires_grad_(False), sde, data
+
+standard, sde, data = get_standard()
+forgotten = sgu.is_forgotten(data, "train")
+keep, forget = data["train"][~forgotten], data["train"][forgotten]
+print(f"{data['name']}: {len(keep)} images to keep, {len(forget)} to forget; the network has {sum(p.numel() for p in standard.parameters()):,} weights")
+
+# %% [markdown]
+# ## Question 6.1 (2 points, 5 minutes): predict, then run
+#
+# Noise an image to forget so strongly that it can hardly be seen ($\sigma = 10$) and let Standard, which still knows everything, guess the noise.
+# How large is the agreement $e \cdot z / D$, averaged over images? Write a number. (Cosine 1 would give 1; a model that knows nothing and answers 0 gives 0.)
+# **Marked by** `check_prediction`: within 0.2.
+
+# %% student 6.1
+raise NotImplementedError("question 6.1")          # delete this line and write your guess below
+guess_6_1 = 0.0
+
+# %% solution 6.1
+guess_6_1 = 1.0
+
+# %% check 6.1 (2 points)
+def agreement(model, images, sigma, n=64):
+    """Mean e.z / D of n images at noise level sigma, under the same noise at every call."""
+    x0 = images[:n] / 127.5 - 1
+    z, t = torch.randn(x0.shape, generator=seeded(1)), sde.time(torch.full((len(x0),), float(sigma)))
+    with torch.no_grad():
+        _, e, z = sgu.predict_noise(sgu.make_score(model, sde), sde, x0, t, z, None)
+    return float((e * z).mean())
+
+test_sgu.check_prediction(guess_6_1, agreement(standard, forget, 10), 0.2, "in strong noise nearly all that one sees is the noise, so it is easy to name. "
+                          "Hence at high noise the forget loss fights what every image needs")
+
+# %% [markdown]
+# ## Question 6.2 (3 points, 15 minutes): find the bug
+#
+# What one samples from is not the network itself but an average of its weights over the last steps (EMA, exponential moving average). A long training uses a decay of 0.9999,
+# an average over some 10,000 steps. Fine-tuning takes a few hundred. A student wrote the loop below and reports: "unlearning does not work,
+# the samples look as before". The network *has* forgotten. The average remembers. Give the number of the wrong line, and mend it: after $n$ steps the decay should be
+#
+# $$d_n = \min\left( d, \frac{1 + n}{10 + n} \right).$$
+#
+# **Marked by** `check_ema`: the average after four steps, from the weights that the network had; and by your line number.
+
+# %% student 6.2 bug: the EMA remembers
+def finetune(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, steps, batch_size=64, lr=1e-3, warmup=1, ema_decay=0.9999, seed=0):   # line 1
+    score, g = sgu.make_score(model, sde), torch.Generator().manual_seed(seed)                                     # line 2
+    optimiser = torch.optim.Adam(model.parameters(), lr=lr)                                                         # line 3
+    ema.load_state_dict(model.state_dict())                                                                         # line 4
+    for n in range(1, steps + 1):                                                                                   # line 5
+        loss = alpha * sgu.score_matching_loss(score, sde, sgu.draw(keep, batch_size, g), generator=g)              # line 6
+        if forget is not None:                                                                                      # line 7
+            loss = loss + (1 - alpha) * forget_loss(score, sde, sgu.draw(forget, batch_size, g), generator=g)       # line 8
+        optimiser.zero_grad(), loss.backward()                                                                      # line 9
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), optimiser.step()                                   # line 10
+        d = ema_decay                                                                                               # line 11
+        with torch.no_grad():                                                                                       # line 12
+            for average, p in zip(ema.parameters(), model.parameters()):                                            # line 13
+                average.mul_(d).add_((1 - d) * p)                                                                   # line 14
+        yield dict(step=n, loss=float(loss.detach()))                                                               # line 15
+
+line_6_2 = 0
+
+# %% solution 6.2
+def finetune(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, steps, batch_size=64, lr=1e-3, warmup=1, ema_decay=0.9999, seed=0):   # line 1
+    score, g = sgu.make_score(model, sde), torch.Generator().manual_seed(seed)                                     # line 2
+    optimiser = torch.optim.Adam(model.parameters(), lr=lr)                                                         # line 3
+    ema.load_state_dict(model.state_dict())                                                                         # line 4
+    for n in range(1, steps + 1):                                                                                   # line 5
+        loss = alpha * sgu.score_matching_loss(score, sde, sgu.draw(keep, batch_size, g), generator=g)              # line 6
+        if forget is not None:                                                                                      # line 7
+            loss = loss + (1 - alpha) * forget_loss(score, sde, sgu.draw(forget, batch_size, g), generator=g)       # line 8
+        optimiser.zero_grad(), loss.backward()                                                                      # line 9
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), optimiser.step()                                   # line 10
+        d = min(ema_decay, (1 + n) / (10 + n))                                                                      # line 11
+        with torch.no_grad():                                                                                       # line 12
+            for average, p in zip(ema.parameters(), model.parameters()):                                            # line 13
+                average.mul_(d).add_((1 - d) * p)                                                                   # line 14
+        yield dict(step=n, loss=float(loss.detach()))                                                               # line 15
+
+line_6_2 = 11
+
+# %% check 6.2 (3 points)
+test_sgu.check_ema(finetune)
+test_sgu.check_line(line_6_2, "6.2")
+
+# %% [markdown]
+# ## Question 6.3 (2 points, 15 minutes): a forget loss of your own
+#
+# Any function with the signature of `sgu.obtuse_loss` can be a forget loss. The simplest idea is to train *backwards*, towards a large error on $D_f$. That has no limit, so cap it:
+# per image, with a cap $c$,
+#
+# $$L_b = -\min\left( c, \frac{1}{D} \sum_i (e_{bi} - z_{bi})^2 \right),$$
+#
+# averaged over the batch. `sgu.predict_noise(score, sde, x0, t, z, generator)` returns $t$, $e$ and $z$ (draws $t$ and $z$ where they are None, and flattens images to (B, D)).
+# **Marked by** `check_capped`: values below and above the cap, image by image, and no gradient above it.
+
+# %% student 6.3
+def capped_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None, cap=1.5):
+    """x0: (B, ...) from D_f -> one number in [-cap, 0]. weighting is not used."""
+    raise NotImplementedError("question 6.3")
+
+# %% solution 6.3
+def capped_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None, cap=1.5):
+    """x0: (B, ...) from D_f -> one number in [-cap, 0]. weighting is not used."""
+    t, e, z = sgu.predict_noise(score, sde, x0, t, z, generator)
+    return -(e - z).square().mean(1).clamp(max=cap).mean()
+
+# %% check 6.3 (2 points)
+test_sgu.check_capped(capped_loss)
+
+# %% [markdown]
+# ## Question 6.4 (4 points, 30 minutes): make it forget
+#
+# Write `unlearn`: given the Standard network, return another one that has forgotten $D_f$. Use `sgu.train` (`help(sgu.train)`) or your own loop, and any forget loss.
+# You choose $\alpha$, steps, learning rate and the window of times; 100 steps of 64 images take well under a minute.
+# Two things are easy to get wrong: work on a *copy* of the network (and make its weights trainable, `requires_grad_(True)`), and return the average, not the last step.
+#
+# **Marked by** `check_unlearn`, at $\sigma$ = 0.5, 1 and 2 on images of both sets: $e \cdot z / D$ on $D_f$ must fall by at least 0.1, and for that the keep loss
+# on $D_g$ must not rise by more than half as much. A model that answers noise to everything fails.
+
+# %% student 6.4
+def unlearn(standard, sde, keep, forget):
+    """standard: a network; keep, forget: (N, 1, H, W) uint8 -> a network that has forgotten."""
+    raise NotImplementedError("question 6.4")
+
+# %% solution 6.4
+def unlearn(standard, sde, keep, forget):
+    """standard: a network; keep, forget: (N, 1, H, W) uint8 -> a network that has forgotten."""
+    model = copy.deepcopy(standard).requires_grad_(True)
+    ema = copy.deepcopy(model)
+    for info in sgu.train(model, ema, sde, keep, forget, sgu.obtuse_loss, alpha=0.8, steps=60 if quick else 120, batch_size=64, lr=1e-3, warmup=10):
+        pass
+    return ema.eval().requires_grad_(False)
+
+# %% check 6.4 (4 points)
+test_sgu.check_unlearn(unlearn, standard, sde, keep, forget)
+
+# %% look
+# Samples from the same noise, before and after. Count the 3s and 7s.
+import matplotlib.pyplot as plt
+unlearned, n = unlearn(standard, sde, keep, forget), 16
+figure, axes = plt.subplots(2, n, figsize=(11, 1.7))
+for row, model in zip(axes, (standard, unlearned)):
+    x = sgu.ode_sample(sgu.make_score(model, sde), sde, (n, 1, 28, 28), steps=4 if quick else 18, generator=seeded(0))
+    for ax, image in zip(row, x):
+        ax.imshow(image[0], cmap="gray", vmin=-1, vmax=1), ax.axis("off")
+figure.suptitle("above: Standard, below: yours", y=1.02);

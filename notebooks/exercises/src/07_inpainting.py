@@ -1,0 +1,149 @@
+# %% [markdown]
+# # Exercise 7: inpainting
+#
+# A score can do what nobody trained it for: fill in the hidden part of an image. The paper uses that as a third test of forgetting (Table 3): hide the upper half of
+# a forgotten image and see what the model puts there. This is section 6 of `sgu.py`. 4 questions, 11 points, about 60 minutes.
+
+# %%
+import math, sys
+sys.path.insert(0, "../..")                        # sgu.py and test_sgu.py lie two folders up
+import torch
+import sgu, test_sgu
+from test_sgu import F64, SDES, Mixture, seeded
+
+# %% [markdown]
+# ## Question 7.1 (2 points, 10 minutes)
+#
+# The sampler walks an image $y$ from noise to data. We know some pixels of the result, so at every time $t$ we put them in by force, at the noise level of that time:
+#
+# $$y_i \leftarrow a(t) x_i + s(t) z_i \quad \text{for known pixels } i, \qquad y_i \text{ stays for hidden ones},$$
+#
+# with new noise $z$ at every call. `torch.where(known, this, that)` picks from two tensors; `sgu.noise_like(x, generator)` draws $z$.
+# **Marked by** `check_pin`: mean and spread of known pixels, hidden ones bit for bit.
+
+# %% student 7.1
+def pin(y, x, known, sde, t, generator):
+    """y, x: (B, C, H, W), known: the same shape, bool, t: a 0-d tensor -> (B, C, H, W)."""
+    raise NotImplementedError("question 7.1")
+
+# %% solution 7.1
+def pin(y, x, known, sde, t, generator):
+    """y, x: (B, C, H, W), known: the same shape, bool, t: a 0-d tensor -> (B, C, H, W)."""
+    a, s = map(float, sde.marginal(t))
+    return torch.where(known, a * x + s * sgu.noise_like(x, generator), y)
+
+# %% check 7.1 (2 points)
+test_sgu.check_pin(pin, SDES["VE"])
+test_sgu.check_pin(pin, SDES["VP"])
+
+# %% [markdown]
+# ## Question 7.2 (3 points, 15 minutes): find the bug
+#
+# This inpainting gives wonderful results; its restored test images are almost perfect. They are too good: the answer leaks.
+# Which line looks at pixels that it must not know? Give its number, and mend it.
+# **Marked by** `check_inpaint_keeps`: known pixels come back bit for bit, and garbage in the hidden pixels must not change the result; and by your line number.
+
+# %% student 7.2 bug: the answer leaks
+def inpaint_once(score, sde, x, mask, steps=40, generator=None):                                           # line 1
+    known = mask.bool().expand_as(x)                                                                       # line 2
+    noised = lambda t: float(sde.marginal(t)[0]) * x + float(sde.marginal(t)[1]) * sgu.noise_like(x, generator)   # line 3
+    grid = sgu.time_grid(sde, steps)                                                                       # line 4
+    y = noised(grid[0])                                                                                    # line 5
+    for t, t_next in zip(grid, grid[1:]):                                                                  # line 6
+        y = sgu.reverse_step(score, sde, y, t, t_next, generator)                                          # line 7
+        y = torch.where(known, noised(t_next), y)                                                          # line 8
+    return torch.where(known, x, sgu.denoise(score, sde, y, grid[-1]))                                     # line 9
+
+line_7_2 = 0
+
+# %% solution 7.2
+def inpaint_once(score, sde, x, mask, steps=40, generator=None):                                           # line 1
+    known = mask.bool().expand_as(x)                                                                       # line 2
+    noised = lambda t: float(sde.marginal(t)[0]) * x + float(sde.marginal(t)[1]) * sgu.noise_like(x, generator)   # line 3
+    grid = sgu.time_grid(sde, steps)                                                                       # line 4
+    y = torch.where(known, noised(grid[0]), sde.prior_sample(x.shape, generator))                          # line 5
+    for t, t_next in zip(grid, grid[1:]):                                                                  # line 6
+        y = sgu.reverse_step(score, sde, y, t, t_next, generator)                                          # line 7
+        y = torch.where(known, noised(t_next), y)                                                          # line 8
+    return torch.where(known, x, sgu.denoise(score, sde, y, grid[-1]))                                     # line 9
+
+line_7_2 = 5
+
+# %% check 7.2 (3 points)
+test_sgu.check_inpaint_keeps(inpaint_once, SDES["VE"])
+test_sgu.check_line(line_7_2, "7.2")
+
+# %% [markdown]
+# ## Question 7.3 (2 points, 10 minutes): predict, then run
+#
+# Two pixels, each with mean 0, vary together (correlation 0.8). One is known and has the value 0.5; the right answer for the other one is then 0.4 on average.
+# Without its neighbour it would be 0. Where does the mean of many fillings by `inpaint_once` land?
+#
+# - **a** between 0 and 0.4: it listens to the known pixel, but not enough
+# - **b** at 0.4: replacing the known pixel at every level is exact
+# - **c** beyond 0.4: replacing it again and again exaggerates
+#
+# **Marked by** `check_prediction`: the mean of 5,000 fillings.
+
+# %% student 7.3
+raise NotImplementedError("question 7.3")          # delete this line and answer below
+choice_7_3 = ""
+why_7_3 = ""
+
+# %% solution 7.3
+choice_7_3 = "a"
+why_7_3 = "A hidden pixel was drawn before it could see the known one at this level, and there is no way back to change it."
+
+# %% check 7.3 (2 points)
+pair, n = Mixture([1.], [[0., 0.]], [[[.25, .2], [.2, .25]]]), 5000
+x, mask = torch.tensor([0.5, 0.]).reshape(1, 1, 1, 2).expand(n, 1, 1, 2), torch.tensor([1., 0.]).reshape(1, 1, 1, 2)
+mean = float(sgu.inpaint(pair.score(SDES["VE"]), SDES["VE"], x, mask, repeats=1, generator=seeded(5))[..., 1].mean())
+test_sgu.check_prediction(choice_7_3, "a" if mean < 0.36 else "c" if mean > 0.44 else "b", None, f"the fillings' mean is {mean:.2f}")
+
+# %% [markdown]
+# ## Question 7.4 (4 points, 25 minutes)
+#
+# The remedy (Lugmayr et al. 2022): after a step from $t_i$ down to $t_{i+1}$ go *back up* by adding noise, and take the step again, `repeats` times in all. So the hidden pixels can come to terms
+# with the known ones at each level. Going up from $t_{i+1}$ to $t_i$ is
+#
+# $$y \leftarrow \frac{a_i}{a_{i+1}} y + \sqrt{s_i^2 - \left( \frac{a_i}{a_{i+1}} s_{i+1} \right)^2} z .$$
+#
+# Start from your mended function; `pin` after every move, up or down. Replace hidden pixels of $x$ by 0 first, so that nothing can leak. At the end, known pixels are those of $x$ exactly.
+# **Marked by** `check_inpaint_keeps` and `check_inpaint_conditional`: mean and variance of the filled pixel against the conditional law.
+
+# %% student 7.4
+def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
+    """x: (B, C, H, W), mask: 1 = known, broadcasts to x -> (B, C, H, W)."""
+    raise NotImplementedError("question 7.4")
+
+# %% solution 7.4
+def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
+    """x: (B, C, H, W), mask: 1 = known, broadcasts to x -> (B, C, H, W)."""
+    known = mask.bool().expand_as(x)
+    x = torch.where(known, x, torch.zeros_like(x))
+    grid = sgu.time_grid(sde, steps)
+    a, s = (v.tolist() for v in sde.marginal(grid))
+    y = pin(sde.prior_sample(x.shape, generator), x, known, sde, grid[0], generator)
+    for i in range(steps):
+        for r in range(repeats):
+            if r > 0:
+                up = a[i] / a[i + 1]
+                y = up * y + math.sqrt(s[i] ** 2 - (up * s[i + 1]) ** 2) * sgu.noise_like(y, generator)
+                y = pin(y, x, known, sde, grid[i], generator)
+            y = sgu.reverse_step(score, sde, y, grid[i], grid[i + 1], generator)
+            y = pin(y, x, known, sde, grid[i + 1], generator)
+    return torch.where(known, x, sgu.denoise(score, sde, y, grid[-1]))
+
+# %% check 7.4 (4 points)
+test_sgu.check_inpaint_keeps(inpaint, SDES["VE"])
+test_sgu.check_inpaint_conditional(inpaint, SDES["VE"])
+
+# %% look
+# The filled pixel against the law that it should follow, with one and with ten repeats. Known neighbour: 0.5.
+import matplotlib.pyplot as plt
+figure, ax = plt.subplots(figsize=(6, 3))
+for repeats, colour in ((1, "#D55E00"), (10, "#0072B2")):
+    filled = inpaint(pair.score(SDES["VE"]), SDES["VE"], x, mask, repeats=repeats, generator=seeded(6))[..., 1].flatten()
+    ax.hist(filled, bins=40, density=True, histtype="step", color=colour, lw=1.5, label=f"repeats = {repeats}")
+u = torch.linspace(-1, 1.8, 200)
+ax.plot(u, torch.exp(-(u - 0.4) ** 2 / 0.18) / math.sqrt(math.pi * 0.18), "k--", label="conditional law"), ax.legend(frameon=False);
