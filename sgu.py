@@ -316,6 +316,12 @@ def obtuse_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=Non
     return (loss_weight(sde, t, weighting) * (e * z).mean(1)).mean()
 
 
+def capped_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None, floor=-0.5):
+    """Ours: obtuse until e.z / D falls to floor, then no further push, so that no batch is pushed without bound. x0: (B, ...) from D_f -> scalar."""
+    t, e, z = predict_noise(score, sde, x0, t, z, generator)
+    return (loss_weight(sde, t, weighting) * (e * z).mean(1).clamp(min=floor)).mean()
+
+
 def neggrad_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
     """Rival NegGrad+ (Eq. 7 taken literally): minus the keep loss on D_f. x0: (B, ...) from D_f -> scalar <= 0, without lower bound."""
     return -score_matching_loss(score, sde, x0, t, z, weighting, generator)
@@ -653,6 +659,45 @@ def forget_weight(sde, data_std=0.5):
     return lambda t: keep_weight(sde, data_std)(t).sqrt()
 
 
+def saliency_mask(model, sde, forget, forget_loss, *, batches=10, batch_size=64, keep_share=0.5, seed=0, precision="float32"):
+    """Rival SalUn: an edit_gradient that trains only the keep_share of the weights with the largest |sum of forget gradients|."""
+    score, g = make_score(model, sde, precision=precision), torch.Generator(forget.device).manual_seed(seed)
+    model.zero_grad(set_to_none=True)
+    for _ in range(batches):
+        t = sample_times(sde, batch_size, g, forget.device)
+        forget_loss(score, sde, draw(forget, batch_size, g), t=t, weighting=forget_weight(sde), generator=g).backward()
+    saliency = torch.cat([p.grad.abs().flatten() for p in model.parameters()])
+    threshold = saliency.kthvalue(max(1, round((1 - keep_share) * len(saliency)))).values
+    masks = [p.grad.abs() > threshold for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+
+    def edit(model):
+        for p, mask in zip(model.parameters(), masks):
+            p.grad.mul_(mask)
+    return edit
+
+
+def fisher_penalty(model, sde, keep, *, strength=100.0, batches=50, batch_size=8, seed=0, precision="float32"):
+    """Rival elastic weight consolidation: an edit_gradient that adds the gradient of strength sum_i F_i (theta_i - theta0_i)^2.
+
+    F is the diagonal Fisher information of the keep loss at theta0, estimated as the mean squared gradient of small batches.
+    """
+    score, g = make_score(model, sde, precision=precision), torch.Generator(keep.device).manual_seed(seed)
+    start, fisher = [p.detach().clone() for p in model.parameters()], [torch.zeros_like(p) for p in model.parameters()]
+    for _ in range(batches):
+        model.zero_grad(set_to_none=True)
+        t = sample_times(sde, batch_size, g, keep.device)
+        score_matching_loss(score, sde, draw(keep, batch_size, g), t=t, weighting=keep_weight(sde), generator=g).backward()
+        for f, p in zip(fisher, model.parameters()):
+            f.add_(p.grad.square(), alpha=1 / batches)
+    model.zero_grad(set_to_none=True)
+
+    def edit(model):
+        for p, p0, f in zip(model.parameters(), start, fisher):
+            p.grad.add_(2 * strength * f * (p.detach() - p0))
+    return edit
+
+
 def draw(data, n, generator):
     """n random images of data: uint8 (dequantised to [-1, 1]) or float (as they are)."""
     x = data[torch.randint(len(data), (n,), generator=generator, device=data.device)]
@@ -661,17 +706,19 @@ def draw(data, n, generator):
 
 def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, steps, batch_size=128, lr=1e-3, warmup=100,
           ema_decay=0.999, window=(0., 1.), weighting=None, forget_weighting=None, precision="float32", data_std=0.5, seed=0,
-          state=None):
+          state=None, compile=False, forget_ratio=None, edit_gradient=None):
     """Train model in place by Eq. 11, ema following it; a generator that yields after every step.
 
     keep, forget: (N, ...) uint8 or float tensors on the model's device. forget_loss: any function with the signature of
     obtuse_loss. window: the times t at which the forget loss acts. weighting, forget_weighting: 'noise', 'paper' or a function of t;
-    None: keep_weight and forget_weight. With unequal weights the optimum of section 3 has R times their ratio. state: what snapshot() returned, to go on from there.
+    None: keep_weight and forget_weight. With unequal weights the optimum of section 3 has R times their ratio.
+    forget_ratio: rescale the forget gradient to this share of the keep gradient's norm, whatever alpha (SISS). edit_gradient: called
+    as edit_gradient(model) before every step (saliency_mask, fisher_penalty). state: what snapshot() returned, to go on from there.
     Yields dict(step, steps, keep, forget, snapshot): losses per pixel; snapshot() -> dict for torch.save.
     Raises FloatingPointError at the first non-finite loss, naming the step and the time t.
     """
     device = keep.device
-    score = make_score(model, sde, data_std, precision)
+    score = make_score(torch.compile(model) if compile else model, sde, data_std, precision)
     weighting, forget_weighting = weighting or keep_weight(sde, data_std), forget_weighting or forget_weight(sde, data_std)
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))
     # Two streams of random numbers: with alpha = 1 the keep stream, hence the result, is that of plain training, bit for bit.
@@ -710,7 +757,19 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, st
             loss_f = term(forget_loss, forget, streams[1], forget_weighting, window, batch_size)
             total = total + (1 - alpha) * loss_f
         optimiser.zero_grad(set_to_none=True)
-        total.backward()
+        if forget_ratio is None or forget is None:
+            total.backward()
+        else:
+            loss_f.backward()
+            forget_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            forget_grads = [p.grad / forget_norm.clamp(min=1e-12) for p in model.parameters()]
+            optimiser.zero_grad(set_to_none=True)
+            loss_g.backward()
+            keep_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            for p, g in zip(model.parameters(), forget_grads):
+                p.grad.add_(g, alpha=float(forget_ratio * keep_norm))
+        if edit_gradient is not None:
+            edit_gradient(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         done += 1
@@ -745,8 +804,8 @@ def load_data(name, root="data"):
     """A data set as dict(name, train, train_labels, test, test_labels, classes).
 
     name: one of DATASETS, or the path of an .npz with images (N, H, W) or (N, H, W, C) uint8, labels (N,) or attributes (N, A),
-    and, if you like, class_names or attribute_names, and split (N,) with 0 for training. torchvision downloads what is missing
-    below root. Labels of attribute data are (N, A) bool; see choose(). Raises UsageError saying which file to put where.
+    and, if you like, class_names or attribute_names, and split (N,) with 0 for training (else a random sixth is for testing).
+    torchvision downloads what is missing below root. Labels of attribute data are (N, A) bool; see choose(). Raises UsageError saying which file to put where.
     """
     if name.endswith(".npz"):
         return load_npz(name)
@@ -812,7 +871,7 @@ def load_npz(path):
         kind, dims = ("attribute", 2) if "attributes" in z else ("class", 1)
         x, y = torch.from_numpy(z["images"]), torch.from_numpy(z["attributes"] if dims == 2 else z["labels"])
         y = y.bool() if dims == 2 else y.long()
-        split = torch.from_numpy(z["split"]) != 0 if "split" in z else torch.arange(len(x)) % 6 == 5
+        split = torch.from_numpy(z["split"]) != 0 if "split" in z else torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) % 6 == 5
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
     except Exception as error:
@@ -1016,7 +1075,7 @@ def frechet(f1, f2):
     (m1, c1), (m2, c2) = ((f.double().mean(0), torch.cov(f.double().T)) for f in (f1, f2))
     root = lambda c: (lambda l, v: (v * l.clamp(min=0).sqrt()) @ v.T)(*torch.linalg.eigh(c))
     r = root(c1)
-    return float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * root(r @ c2 @ r).trace())
+    return max(float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * root(r @ c2 @ r).trace()), 0.0)
 
 
 def judged(probs, features, data, reference):
@@ -1041,8 +1100,17 @@ METHODS = dict(             # name: (what it is trained on, forget loss, its def
     unseen=("D_g", None, 1.0),
     orthogonal=("D_g, D_f", orthogonal_loss, 0.8),
     obtuse=("D_g, D_f", obtuse_loss, 0.85),
+    capped=("D_g, D_f", capped_loss, 0.85),                        # ours: obtuse, but never further than e.z / D = -1/2
+    finetune=("D_g", None, 1.0),                                   # the rivals: see section 3 and train()
+    neggrad=("D_g, D_f", neggrad_loss, 0.97),
+    siss=("D_g, D_f", neggrad_loss, 0.5),
+    erasediff=("D_g, D_f", erasediff_loss, 0.9),
+    erasediff_zero=("D_g, D_f", erasediff_zero_loss, 0.9),
+    salun=("D_g, D_f", obtuse_loss, 0.85),
+    fisher=("D_g, D_f", neggrad_loss, 0.97),
 )
-TITLES = dict(standard="Standard", unseen="Unseen", orthogonal="SGU-Orthogonal", obtuse="SGU-Obtuse")
+TITLES = dict(standard="Standard", unseen="Unseen", orthogonal="SGU-Orthogonal", obtuse="SGU-Obtuse", capped="capped obtuse", finetune="fine-tuning",
+              neggrad="NegGrad+", siss="SISS", erasediff="EraseDiff", erasediff_zero="EraseDiff, mean 0", salun="SalUn mask, obtuse", fisher="NegGrad+, Fisher")
 SAMPLERS = dict(em=euler_maruyama, pc=predictor_corrector, ode=ode_sample, ancestral=ancestral_sample)
 SAMPLER_STEPS = dict(em=60, pc=50, ode=20, ancestral=None)
 
@@ -1077,7 +1145,7 @@ class Options:
     forget_window: str = option(None, "times t between which the forget loss acts (default 0 to where sigma = 6: noise hides the classes above)", metavar="LO,HI")
     weighting: str = option("balanced", "weight of the forget loss: balanced over noise levels, noise units, or the paper's lambda(t)", choices=("balanced", "noise", "paper"))
     steps: int = option(None, "training steps of Standard and Unseen")
-    unlearn_steps: int = option(None, "fine-tuning steps of the SGU models (default 15%% of --steps)")
+    unlearn_steps: int = option(None, "fine-tuning steps of the SGU models (default 9%% of --steps)")
     batch_size: int = option(None, "images per step")
     lr: float = option(None, "peak learning rate of Adam")
     unlearn_lr: float = option(None, "peak learning rate of the fine-tuning (default half of --lr)")
@@ -1126,7 +1194,7 @@ def resolve(opt):
     for name in methods:
         require(name in METHODS, f"--methods: unknown method {name!r}; choose from {', '.join(METHODS)}")
     require(len(set(methods)) == len(methods), f"--methods {opt.methods}: a method is listed twice")
-    tuned = [m for m in methods if METHODS[m][1]]
+    tuned = [m for m in methods if m == "finetune" or METHODS[m][1]]
     require(not tuned or opt.training == "retrain" or "standard" in methods, f"--methods: {', '.join(tuned)} by fine-tuning needs standard in the list too")
     for name in opt.tasks.split(","):
         require(name in TASKS, f"--tasks: unknown task {name!r}; choose from {', '.join(TASKS)}")
@@ -1138,6 +1206,7 @@ def resolve(opt):
     except ValueError:
         raise UsageError(f"--forget-window {opt.forget_window}: give two times, for instance 0,0.8") from None
     require(0 <= lo < hi <= 1, f"--forget-window {opt.forget_window}: needs 0 <= lo < hi <= 1")
+    require(opt.dataset in DATASETS or opt.dataset.endswith(".npz"), f"--dataset: unknown data set {opt.dataset!r}; choose from {', '.join(DATASETS)}, or give the path of an .npz file")
     default_forget, default_sde, _ = DATASETS.get(opt.dataset, (None, "vp", ""))
     opt.forget, opt.sde = default_forget if opt.forget is None else opt.forget, opt.sde or default_sde
     require(opt.forget is not None, "--forget: say what to forget, for instance --forget 3,7")
@@ -1169,7 +1238,7 @@ def resolve(opt):
     for name in ("steps", "batch_size", "lr", "samples", "likelihood_samples"):
         if getattr(opt, name) is None:
             setattr(opt, name, preset[name])
-    opt.unlearn_steps = opt.unlearn_steps or max(1, round(0.15 * opt.steps))
+    opt.unlearn_steps = opt.unlearn_steps or max(1, round(0.09 * opt.steps))
     opt.unlearn_lr = opt.unlearn_lr or opt.lr / 2
     network = dict(image_channels=data["train"].shape[1], channels=list(preset["channels"]), blocks=preset["blocks"], patch=preset["patch"], attention=True)
     if opt.pretrained:
@@ -1389,8 +1458,8 @@ def get_model(method, out, data, opt, config, device, stage, pause):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(opt.seed)
         model = UNet(**config["network"]).to(device)
-    tune = forget_loss is not None and opt.training == "finetune"
-    if tune and saved["state"] is None:
+    tune = method == "finetune" or forget_loss is not None and opt.training == "finetune"
+    if tune:                                                                            # also before going on: salun and fisher look at Standard
         model.load_state_dict(load_model(out / "standard.pt")[0].state_dict())
     ema = copy.deepcopy(model).requires_grad_(False)
     keep = (data["train"] if method == "standard" else data["train"][~forgotten]).to(device)
@@ -1407,10 +1476,14 @@ def get_model(method, out, data, opt, config, device, stage, pause):
         stage(f"train {method}", time.time() - start)
         start = last = time.time()
 
-    fast = torch.compile(model) if opt.compile else model
-    for info in train(fast, ema, sde, keep, forget, forget_loss, alpha, steps=steps, batch_size=opt.batch_size, lr=lr, warmup=steps // 20 + 1,
+    edit = None
+    if method == "salun":
+        edit = saliency_mask(model, sde, forget, forget_loss, seed=opt.seed, precision=opt.precision)
+    elif method == "fisher":
+        edit = fisher_penalty(model, sde, keep, seed=opt.seed, precision=opt.precision)
+    for info in train(model, ema, sde, keep, forget, forget_loss, alpha, steps=steps, batch_size=opt.batch_size, lr=lr, warmup=steps // 20 + 1,
                       window=tuple(map(float, opt.forget_window.split(","))), forget_weighting=None if opt.weighting == "balanced" else opt.weighting, precision=opt.precision,
-                      seed=opt.seed, state=saved["state"]):
+                      seed=opt.seed, state=saved["state"], compile=opt.compile, forget_ratio=0.1 if method == "siss" else None, edit_gradient=edit):
         if info["step"] % 10 == 0 or info["step"] == steps:
             saved["losses"].append([info["step"], info["keep"], info["forget"]])
         bar(info["step"], f"keep {info['keep']:.4f}" + (f"  forget {info['forget']:+.4f}" if forget_loss else ""))
@@ -1530,11 +1603,12 @@ PAPER = {
 def make_table(results):
     """results (the content of results.json) -> Markdown: the paper's Table 2 with its row beside ours, then what it does not report."""
     config, methods = results["config"], results["methods"]
-    order = [m for m in ("standard", "orthogonal", "obtuse", "unseen") if m in methods] + [m for m in methods if m not in TITLES]
+    table2 = ("standard", "orthogonal", "obtuse", "unseen")
+    order = [m for m in table2 if m in methods] + [m for m in methods if m not in table2]
     paper = PAPER.get((config["dataset"] if config["dataset"] in DATASETS else pathlib.Path(config["dataset"]).stem, config["sde"]), {})
     if set(paper) - {"total", "D_g", "D_f"} != set(config["forget"].split(",")):
         paper = {}                                                                      # the paper forgot something else
-    quote = lambda row, scale: [f"{paper[row][('standard', 'orthogonal', 'obtuse', 'unseen').index(m)]:{scale}}" if m in TITLES and row in paper else "" for m in order]
+    quote = lambda row, scale: [f"{paper[row][table2.index(m)]:{scale}}" if m in table2 and row in paper else "" for m in order]
     row = lambda name, who, cells: f"| {name} | {who} | " + " | ".join(cells) + " |"
     head = lambda title: [row(title, "", [TITLES.get(m, m) for m in order]), "|---|---|" + "---:|" * len(order)]
     measured = [methods[m] for m in order]
@@ -1631,7 +1705,9 @@ def draw_pictures(out, data, opt, judge):
             grid(f"{task}.png", [image for row in rows.values() for image in row], framed, sum(map(len, originals)), list(rows))
     figure = Figure(figsize=(9, 3.2))
     axes = figure.subplots(1, 2)
-    for method, colour in zip(methods, ("#000000", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")):
+    colours = ("#000000", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+    for i, method in enumerate(methods):
+        colour = colours[i % len(colours)]
         losses = np.array(read_checkpoint(out / f"{method}.pt")["losses"])
         if len(losses):
             axes[0].plot(losses[:, 0], losses[:, 1], color=colour, label=TITLES.get(method, method), lw=1)

@@ -10,13 +10,13 @@
 
 # %%
 import math, sys
-sys.path.insert(0, "../..")                        # sgu.py and test_sgu.py lie two folders up
+sys.path[:0] = ["../..", ".."]                     # sgu.py and test_sgu.py lie two folders up, style.py one
 import torch
 import sgu, test_sgu
 from test_sgu import F64, SDES
 
 # %% look
-import matplotlib.pyplot as plt
+from style import plt
 digit = sgu.draw_glyphs(3, seed=0)[0][:1] / 127.5 - 1
 times = torch.linspace(0.05, 0.95, 8)
 figure, axes = plt.subplots(2, 8, figsize=(10, 2.7))

@@ -11,7 +11,7 @@
 
 # %%
 import math, sys
-sys.path.insert(0, "../..")                        # sgu.py and test_sgu.py lie two folders up
+sys.path[:0] = ["../..", ".."]                     # sgu.py and test_sgu.py lie two folders up, style.py one
 import torch
 import sgu, test_sgu
 from test_sgu import F64, SDES
@@ -158,11 +158,11 @@ test_sgu.check_make_score(make_score, SDES["VP"])
 
 # %% look
 # The score of a mixture of three Gaussians at three noise levels: arrows point to where data are.
-import matplotlib.pyplot as plt
+from style import KEEP, plt
 side = torch.linspace(-4, 4, 17)
 x = torch.cartesian_prod(side, side)
 figure, axes = plt.subplots(1, 3, figsize=(10, 3.4))
 for ax, t in zip(axes, (0.3, 0.6, 0.8)):
     arrow = test_sgu.TOY.score(SDES["VE"])(x, torch.full((len(x),), t))
-    ax.quiver(*x.T, *arrow.T, color="#0072B2"), ax.set_aspect("equal")
+    ax.quiver(*x.T, *arrow.T, color=KEEP), ax.set_aspect("equal")
     ax.set_title(f"s = {float(SDES['VE'].marginal(torch.tensor(t))[1]):.2f}", fontsize=10)

@@ -6,7 +6,7 @@
 
 # %%
 import math, sys
-sys.path.insert(0, "../..")                        # sgu.py and test_sgu.py lie two folders up
+sys.path[:0] = ["../..", ".."]                     # sgu.py and test_sgu.py lie two folders up, style.py one
 import torch
 import sgu, test_sgu
 from test_sgu import F64, SDES, TILTED, seeded
@@ -47,13 +47,13 @@ test_sgu.check_sampler(sampler, SDES["VP"], n=5000)
 
 # %% look
 # Your own sampler, on the way: 400 points at six times.
-import matplotlib.pyplot as plt
+from style import KEEP, plt
 figure, axes = plt.subplots(1, 6, figsize=(11, 2.1))
 x, grid, g = SDES["VP"].prior_sample((400, 2), seeded(0)), sgu.time_grid(SDES["VP"], 200), seeded(1)
 for i, (t, t_next) in enumerate(zip(grid, grid[1:])):
     if i % 40 == 0 or i == 199:
         ax = axes[-(-i // 40)]
-        ax.scatter(*x.T, s=2, color="#0072B2"), ax.set_title(f"t = {float(t):.2f}", fontsize=8), ax.set(xlim=(-4, 4), ylim=(-4, 4), xticks=(), yticks=())
+        ax.scatter(*x.T, s=2, color=KEEP), ax.set_title(f"t = {float(t):.2f}", fontsize=8), ax.set(xlim=(-4, 4), ylim=(-4, 4), xticks=(), yticks=())
     x = reverse_step(TILTED.score(SDES["VP"]), SDES["VP"], x, t, t_next, g)
 
 # %% [markdown]

@@ -7,7 +7,7 @@
 
 # %%
 import math, sys
-sys.path.insert(0, "../..")                        # sgu.py and test_sgu.py lie two folders up
+sys.path[:0] = ["../..", ".."]                     # sgu.py and test_sgu.py lie two folders up, style.py one
 import torch
 import sgu, test_sgu
 from test_sgu import F64, SDES, seeded

@@ -8,7 +8,7 @@
 
 # %%
 import math, sys
-sys.path.insert(0, "../..")                        # sgu.py and test_sgu.py lie two folders up
+sys.path[:0] = ["../..", ".."]                     # sgu.py and test_sgu.py lie two folders up, style.py one
 import torch
 import sgu, test_sgu, toy_gmm
 from test_sgu import F64, SDES
@@ -196,7 +196,7 @@ test_sgu.check_prediction(choice_5_6, "a" if growth < 0.1 else "b" if growth < 1
 
 # %% look
 # The exact minimisers along the diagonal through all three Gaussians.
-import matplotlib.pyplot as plt
+from style import plt
 r, t = torch.linspace(-4, 4, 201, dtype=F64), 0.6
 x = r[:, None].expand(-1, 2) / math.sqrt(2)
 figure, ax = plt.subplots(figsize=(7, 3.4))

@@ -6,7 +6,7 @@
 
 # %%
 import math, sys
-sys.path.insert(0, "../..")                        # sgu.py and test_sgu.py lie two folders up
+sys.path[:0] = ["../..", ".."]                     # sgu.py and test_sgu.py lie two folders up, style.py one
 import torch
 import sgu, test_sgu
 from test_sgu import F64, SDES, Mixture, seeded
@@ -140,9 +140,9 @@ test_sgu.check_inpaint_conditional(inpaint, SDES["VE"])
 
 # %% look
 # The filled pixel against the law that it should follow, with one and with ten repeats. Known neighbour: 0.5.
-import matplotlib.pyplot as plt
+from style import KEEP, FORGET, plt
 figure, ax = plt.subplots(figsize=(6, 3))
-for repeats, colour in ((1, "#D55E00"), (10, "#0072B2")):
+for repeats, colour in ((1, FORGET), (10, KEEP)):
     filled = inpaint(pair.score(SDES["VE"]), SDES["VE"], x, mask, repeats=repeats, generator=seeded(6))[..., 1].flatten()
     ax.hist(filled, bins=40, density=True, histtype="step", color=colour, lw=1.5, label=f"repeats = {repeats}")
 u = torch.linspace(-1, 1.8, 200)
