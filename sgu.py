@@ -1375,6 +1375,8 @@ def run(opt, interrupted=lambda: False):
     results["judge"]["floor"] = float(torch.isin(sure.argmax(1), torch.tensor(data["forget"])).float().mean())
     for method in opt.methods.split(","):
         entry = results["methods"].setdefault(method, {})
+        if METHODS[method][1]:
+            entry["alpha"] = METHODS[method][2] if opt.alpha is None else opt.alpha
         model = get_model(method, out, data, opt, config, device, stage, pause)
         score = make_score(torch.compile(model) if opt.compile else model, sde, precision=opt.precision)
         if "sample" in tasks and "unlearning_ratio" not in entry:

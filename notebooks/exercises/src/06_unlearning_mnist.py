@@ -25,9 +25,9 @@ def get_standard():
     images, labels = sgu.draw_glyphs(800 if quick else 4000, seed=0, side=16 if quick else 28)
     data = sgu.choose(dict(name="glyphs", train=images[100:], train_labels=labels[100:], test=images[:100], test_labels=labels[:100], classes=sgu.DIGITS), "3,7")
     torch.manual_seed(0)
-    model = sgu.UNet(channels=(8, 16) if quick else (32, 64))
+    model = sgu.UNet(channels=(8, 16) if quick else (16, 32))
     ema, sde = copy.deepcopy(model), sgu.VE()
-    for info in sgu.train(model, ema, sde, data["train"], steps=150 if quick else 400, batch_size=32 if quick else 64, lr=5e-3 if quick else 2e-3):
+    for info in sgu.train(model, ema, sde, data["train"], steps=150 if quick else 400, batch_size=32 if quick else 64, lr=5e-3 if quick else 3e-3):
         pass
     return ema.eval().requires_grad_(False), sde, data
 
@@ -160,7 +160,7 @@ def unlearn(standard, sde, keep, forget):
     """standard: a network; keep, forget: (N, 1, H, W) uint8 -> a network that has forgotten."""
     model = copy.deepcopy(standard).requires_grad_(True)
     ema = copy.deepcopy(model)
-    for info in sgu.train(model, ema, sde, keep, forget, sgu.obtuse_loss, alpha=0.5, steps=80 if quick else 120, batch_size=32 if quick else 64,
+    for info in sgu.train(model, ema, sde, keep, forget, sgu.obtuse_loss, alpha=0.5, steps=80 if quick else 100, batch_size=32 if quick else 64,
                           lr=3e-3 if quick else 1e-3, warmup=10, window=(0.35, 0.7)):             # s from 0.2 to 4: where digits take shape
         pass
     return ema.eval().requires_grad_(False)
