@@ -1859,7 +1859,8 @@ def test_results_have_every_field(finished):
     assert tuple(r["methods"]) == FOUR
     for name, m in r["methods"].items():
         ratio, nll = m["unlearning_ratio"], m["nll_bits_per_dim"]
-        assert set(m) == {"unlearning_ratio", "unsure", "class_histogram", "frechet_kept", "nll_bits_per_dim"}
+        assert set(m) - {"alpha"} == {"unlearning_ratio", "unsure", "class_histogram", "frechet_kept", "nll_bits_per_dim"}
+        assert m.get("alpha") == sgu.METHODS[name][2] if sgu.METHODS[name][1] else "alpha" not in m
         assert set(ratio) == {"3", "7", "total", "n", "ci95"} and ratio["n"] == 8 and abs(ratio["3"] + ratio["7"] - ratio["total"]) < 1e-9
         assert ratio["ci95"][0] <= ratio["total"] <= ratio["ci95"][1] and 0 <= m["unsure"] <= 1
         assert set(m["class_histogram"]) == set(sgu.DIGITS) and abs(sum(m["class_histogram"].values()) - 1) < 1e-9
@@ -2434,9 +2435,10 @@ def test_table_1_exact_values():
     ("neggrad", 0.018, "noise", (10.55, 12.30))])
 def test_exact_optimum_has_the_measured_likelihood(method, alpha, weighting, expected):
     score = toy.exact_unlearned_score(method, alpha, weighting=weighting)
-    log_q = lambda x: sgu.log_likelihood(score, toy.SDE, x, steps=32, exact=True)
+    fine = method == "neggrad"                                                         # its score is steep where p_g - mu p_f nearly vanishes
+    log_q = lambda x: sgu.log_likelihood(score, toy.SDE, x, steps=64 if fine else 32, exact=True)
     for components, value in zip((toy.KEEP, toy.FORGET), expected):
-        nll = toy.expected_nll(log_q, components, step=0.5, reach=5)
+        nll = toy.expected_nll(log_q, components, step=0.3 if fine else 0.5, reach=5)
         assert toy.paper_unit(nll) == pytest.approx(value, abs=0.025)                  # the figures were sampled, and rounded
 
 
