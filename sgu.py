@@ -1118,7 +1118,7 @@ TASKS = ("sample", "likelihood", "inpaint", "reconstruct")
 
 # What fits a machine. side of the image, kind of device -> network, training and how much to measure.
 PRESETS = {
-    ("glyphs", "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=700, batch_size=64, lr=4e-3, samples=400, likelihood_samples=20, judge=(8, 3)),
+    ("glyphs", "cpu"): dict(channels=(16, 32), patch=2, blocks=1, steps=1600, unlearn_steps=240, batch_size=64, lr=8e-3, samples=400, likelihood_samples=20, judge=(8, 3)),
     (28, "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=5000, batch_size=64, lr=5e-3, samples=2000, likelihood_samples=100, judge=(8, 5)),
     (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, likelihood_samples=1000, judge=(32, 8)),
     (32, "cpu"): dict(channels=(64, 128), patch=2, blocks=1, steps=6000, batch_size=128, lr=1e-3, samples=1000, likelihood_samples=64, judge=(32, 10)),
@@ -1235,6 +1235,8 @@ def resolve(opt):
     preset = PRESETS.get((data["name"], kind)) or PRESETS[28 if side <= 28 else 32 if side <= 32 else 64, kind]
     if opt.sampler_steps is None:
         opt.sampler_steps = SAMPLER_STEPS[opt.sampler] or DDPM().n_steps
+    if opt.steps is None:
+        opt.unlearn_steps = opt.unlearn_steps or preset.get("unlearn_steps")
     for name in ("steps", "batch_size", "lr", "samples", "likelihood_samples"):
         if getattr(opt, name) is None:
             setattr(opt, name, preset[name])

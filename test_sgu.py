@@ -1145,7 +1145,7 @@ def check_capped_neggrad(loss, cap=1.5):
     assert not grad[2].any(), "above the cap the gradient must be 0"
 
 
-def check_unlearn(unlearn, standard, sde, keep, forget, least=0.1, n=128):
+def check_unlearn(unlearn, standard, sde, keep, forget, least=0.05, n=128):
     """unlearn(standard, sde, keep, forget) -> network. e.z / D on forget must fall by least, the keep loss on keep rise by at most half of that fall."""
     def measure(net, data):
         score, x0 = sgu.make_score(net, sde), data[:n] / 127.5 - 1

@@ -165,4 +165,4 @@ figure, ax = plt.subplots(figsize=(6, 3))
 for name, marginal, style in (("VE", ve_marginal, "-"), ("VP", vp_marginal, "--"), ("DDPM", ddpm_marginal, ":")):
     a, s = marginal(t)
     ax.semilogy(t, s / a, style, lw=2, label=name)
-ax.set(xlabel="t", ylabel="noise over signal, s/a", title="Your three schedules"), ax.legend(frameon=False);
+ax.set(xlabel="t", ylabel="noise over signal, s/a", title="Your three schedules (VP and DDPM should coincide)"), ax.legend(frameon=False);

@@ -147,7 +147,7 @@ test_sgu.check_capped_neggrad(capped_neggrad)
 # You choose $\alpha$, steps, learning rate and the `window` of times at which the forget loss acts (question 6.1 says why that matters); 100 steps of 64 images take well under a minute.
 # Two things are easy to get wrong: work on a *copy* of the network (and make its weights trainable, `requires_grad_(True)`), and return the average, not the last step.
 #
-# **Marked by** `check_unlearn`, at $\sigma$ = 0.5, 1 and 2 on images of both sets: $e \cdot z / D$ on $D_f$ must fall by at least 0.1, and for that the keep loss
+# **Marked by** `check_unlearn`, at $\sigma$ = 0.5, 1 and 2 on images of both sets: $e \cdot z / D$ on $D_f$ must fall by at least 0.05, and for that the keep loss
 # on $D_g$ must not rise by more than half as much. A model that answers noise to everything fails.
 
 # %% student 6.4
@@ -160,13 +160,13 @@ def unlearn(standard, sde, keep, forget):
     """standard: a network; keep, forget: (N, 1, H, W) uint8 -> a network that has forgotten."""
     model = copy.deepcopy(standard).requires_grad_(True)
     ema = copy.deepcopy(model)
-    for info in sgu.train(model, ema, sde, keep, forget, sgu.obtuse_loss, alpha=0.5, steps=80 if quick else 100, batch_size=32 if quick else 64,
-                          lr=3e-3 if quick else 1e-3, warmup=10, window=(0.35, 0.7)):             # s from 0.2 to 4: where digits take shape
+    for info in sgu.train(model, ema, sde, keep, forget, sgu.obtuse_loss, alpha=0.5 if quick else 0.6, steps=80 if quick else 100, batch_size=32 if quick else 64,
+                          lr=3e-3 if quick else 2e-3, warmup=10, window=(0.35, 0.7)):             # s from 0.2 to 4: where digits take shape
         pass
     return ema.eval().requires_grad_(False)
 
 # %% check 6.4 (4 points)
-test_sgu.check_unlearn(unlearn, standard, sde, keep, forget, least=0.02 if quick else 0.1)
+test_sgu.check_unlearn(unlearn, standard, sde, keep, forget, least=0.02 if quick else 0.05)
 
 # %% look
 # Samples from the same noise, before and after. Count the 3s and 7s.
