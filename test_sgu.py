@@ -826,10 +826,10 @@ def check_likelihood_grid(log_likelihood=sgu.log_likelihood, sde=SDES["VP"], tol
         f"{steps} steps: mean {off.mean():.1e}, largest {off.max():.1e} nats from the fine grid, allowed {tol:.0e}"
 
 
-def check_hutchinson(log_likelihood=sgu.log_likelihood, sde=SDES["VP"], repeats=100):
+def check_hutchinson(log_likelihood=sgu.log_likelihood, sde=SDES["VP"], repeats=50):
     """Random signs against the exact trace on the same coarse grid: unbiased, and four probes have half the error of one."""
     x = TILTED.sample(6, seeded(22))
-    run = lambda seed, **kw: log_likelihood(TILTED.score(sde), sde, x, steps=5, generator=seeded(seed), **kw)
+    run = lambda seed, **kw: log_likelihood(TILTED.score(sde), sde, x, steps=4, generator=seeded(seed), **kw)
     exact, spread = run(0, exact=True), {}
     for probes in (1, 4):
         draws = torch.stack([run(seed, probes=probes) for seed in range(repeats)])
@@ -1785,6 +1785,12 @@ def small(monkeypatch):
     make_small(monkeypatch.setattr)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Half of a small run's time is drawing; only some tests look at the pictures."""
+    monkeypatch.setattr(sgu, "draw_pictures", lambda *args: None)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One whole run with default options, glyphs and all four methods, that many tests look at: (folder, what it printed)."""
@@ -1902,7 +1908,7 @@ def test_finished_run_repeats_nothing(copied, capsys, monkeypatch):
     assert again["methods"] == results["methods"] and again["seconds"] == results["seconds"] and again["judge"] == results["judge"]
 
 
-def test_fresh_starts_over_and_gives_the_same_numbers(copied, capsys):
+def test_fresh_starts_over_and_gives_the_same_numbers(copied, capsys, no_pictures):
     """And leaves the user's own files in the folder alone."""
     results = results_of(copied)
     for name in ("notes.md", "mine.npz", "mine.pt", "data.json"):
@@ -1917,7 +1923,7 @@ def test_fresh_starts_over_and_gives_the_same_numbers(copied, capsys):
         assert again["methods"][m] == results["methods"][m], f"{m}: the same seed gives other numbers"
 
 
-def test_part_by_part_equals_at_once(finished, tmp_path, small, capsys):
+def test_part_by_part_equals_at_once(finished, tmp_path, small, capsys, no_pictures):
     """Some methods and tasks first: the table has dashes for what is missing; all of them later give the results of one run."""
     out = tmp_path / "parts"
     assert command(capsys, *QUICK, "--methods", "standard", "--tasks", "sample", "--out", out)[0] == 0
@@ -2000,7 +2006,7 @@ def test_damaged_results(content, copied, capsys, monkeypatch):
     assert fingerprint(copied) == before
 
 
-def test_lost_results_come_back_from_the_checkpoints(copied, capsys, monkeypatch):
+def test_lost_results_come_back_from_the_checkpoints(copied, capsys, no_pictures, monkeypatch):
     want = results_of(copied)["methods"]
     (copied / "results.json").unlink()
     forbid(monkeypatch, *STAGES)
@@ -2051,7 +2057,7 @@ def test_damaged_checkpoint(how, copied, capsys, monkeypatch):
         check_refused(capsys, [*QUICK, "--out", copied], "samples_obtuse.npz", "delete it", alone=False)
 
 
-def test_deleting_a_damaged_checkpoint_mends_the_run(copied, finished, capsys):
+def test_deleting_a_damaged_checkpoint_mends_the_run(copied, finished, capsys, no_pictures):
     (copied / "obtuse.pt").unlink()
     assert command(capsys, *QUICK, "--out", copied)[0] == 0
     assert equal_weights(copied / "obtuse.pt", finished[0] / "obtuse.pt") and results_of(copied)["methods"] == results_of(finished[0])["methods"]
@@ -2067,7 +2073,7 @@ def interrupt_at(monkeypatch, label, step):
     monkeypatch.setattr(sgu.Progress, "__call__", pressed)
 
 
-def test_interrupted_training_goes_on(finished, tmp_path, small, capsys, monkeypatch):
+def test_interrupted_training_goes_on(finished, tmp_path, small, capsys, no_pictures, monkeypatch):
     out, handler = tmp_path / "new", signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         interrupt_at(patch, "train unseen", 3)
@@ -2083,7 +2089,7 @@ def test_interrupted_training_goes_on(finished, tmp_path, small, capsys, monkeyp
 
 
 @pytest.mark.parametrize("method", [m for m in ("salun", "fisher") if m in sgu.METHODS])
-def test_interrupted_rivals_go_on(method, finished, tmp_path, small, capsys, monkeypatch):
+def test_interrupted_rivals_go_on(method, finished, tmp_path, small, capsys, no_pictures, monkeypatch):
     """The rivals that look at Standard before they train look at it again when they go on, not at fresh weights."""
     argv = [*QUICK, "--methods", f"standard,{method}", "--tasks", "sample", "--unlearn-steps", "3", "--pretrained", finished[0] / "standard.pt"]
     assert command(capsys, *argv, "--out", tmp_path / "whole")[0] == 0
@@ -2094,7 +2100,7 @@ def test_interrupted_rivals_go_on(method, finished, tmp_path, small, capsys, mon
     assert equal_weights(tmp_path / "whole" / f"{method}.pt", tmp_path / "parts" / f"{method}.pt"), f"{method}: stopped and gone on, other weights"
 
 
-def test_killed_in_training(finished, tmp_path, small, capsys):
+def test_killed_in_training(finished, tmp_path, small, capsys, no_pictures):
     """SIGKILL while the checkpoint of step 4 is being written: the one of step 3 is whole, and the weights end up the same."""
     out = tmp_path / "new"
     script = """if True:
@@ -2179,21 +2185,21 @@ def test_ddpm_and_every_task(tmp_path, small, capsys):
     assert np.array_equal(z["D_f"][:, :, 14:], originals[:, :, 14:]) and not np.array_equal(z["D_f"], originals), "the lower half is given"
 
 
-def test_retraining_and_alpha_0(tmp_path, small, capsys):
+def test_retraining_and_alpha_0(tmp_path, small, capsys, no_pictures):
     code, _, said = command(capsys, *QUICK, "--training", "retrain", "--methods", "obtuse", "--alpha", "0", "--out", tmp_path)
     assert code == 0 and "sgu: warning: --alpha 0" in said and "everything will be forgotten" in said
     assert not (tmp_path / "standard.pt").exists() and torch.load(tmp_path / "obtuse.pt", weights_only=True)["losses"][-1][0] == 6
     check_finite(results_of(tmp_path)["methods"])
 
 
-def test_bfloat16(tmp_path, small, capsys, finished):
+def test_bfloat16(tmp_path, small, capsys, no_pictures, finished):
     assert command(capsys, *QUICK, "--precision", "bfloat16", "--methods", "standard,obtuse", "--out", tmp_path)[0] == 0
     check_finite(results_of(tmp_path)["methods"])
     assert not equal_weights(tmp_path / "standard.pt", finished[0] / "standard.pt")
     assert all(p.dtype == torch.float32 for p in weights_of(tmp_path / "obtuse.pt")[1:])
 
 
-def test_pretrained(tmp_path, small, capsys, monkeypatch, finished):
+def test_pretrained(tmp_path, small, capsys, no_pictures, monkeypatch, finished):
     """Starting from an earlier standard.pt gives the fine-tuning of that run; a network of another size than the preset's is kept."""
     standard = finished[0] / "standard.pt"
     assert command(capsys, *QUICK, "--pretrained", standard, "--methods", "standard,obtuse", "--tasks", "sample", "--out", tmp_path / "a")[0] == 0
@@ -2261,15 +2267,14 @@ def test_table_quotes_the_paper_where_it_forgot_the_same():
 
 
 def test_command_as_a_newcomer_types_it(tmp_path):
-    """Three real processes: --help names every option; two mistakes end in one line and exit code 2."""
+    """Real processes: --help names every option; a mistake ends in one line and exit code 2."""
     run = lambda *argv: subprocess.run([sys.executable, sgu.__file__, *argv], cwd=tmp_path, capture_output=True, text=True)
     shown = run("--help")
     assert shown.returncode == 0 and not shown.stderr
     for field in dataclasses.fields(sgu.Options):
         assert f"--{field.name.replace('_', '-')}" in shown.stdout, f"--help does not mention {field.name}"
-    for argv, word in ((["--sampler", "leap"], "leap"), (["--dataset", "nope", "--out", "x"], "'nope'")):
-        said = run(*argv)
-        assert said.returncode == 2 and len(said.stderr.strip().splitlines()) == 1 and said.stderr.startswith("sgu: ") and word in said.stderr, said.stderr
+    said = run("--dataset", "nope", "--out", "x")
+    assert said.returncode == 2 and len(said.stderr.strip().splitlines()) == 1 and said.stderr.startswith("sgu: ") and "'nope'" in said.stderr, said.stderr
     assert not list(tmp_path.iterdir()), "a refused command must not leave anything behind"
 
 
@@ -2503,10 +2508,10 @@ LEARNED = dict(standard=(0.06, 0.2, None, None), unseen=(0.08, 0.8, None, None),
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_learned_toy_lands_near_the_closed_form(name):
-    """A short training (900 steps, about 2 seconds) against section 2 of toy_gmm.py."""
+    """A short training (600 or 900 steps, a few seconds) against section 2 of toy_gmm.py."""
     g = seeded()
     x_g, x_f = toy.sample_mixture(toy.KEEP, 16_000, g), toy.sample_mixture(toy.FORGET, 4_000, g)
-    for info in toy.train_toy(name, x_g, x_f, steps=900, batch_size=256, lr=8e-3):
+    for info in toy.train_toy(name, x_g, x_f, steps=900 if toy.METHODS[name][1] else 600, batch_size=256, lr=8e-3):
         pass
     log_q = lambda score: lambda x: sgu.log_likelihood(score, toy.SDE, x.float(), steps=16, exact=True)
     nll = lambda score: [toy.expected_nll(log_q(score), c, step=0.7, reach=4.5) for c in (toy.KEEP, toy.FORGET)]

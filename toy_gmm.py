@@ -459,7 +459,7 @@ def run(opt):
     except OSError as error:
         raise sgu.UsageError(f"--out {opt.out}: cannot write there ({error.strerror}); choose another folder") from None
     import matplotlib
-    size = (dict(train=2000, test=50, steps=60, samples=200, likelihood_steps=16, grid=1.0) if opt.quick else
+    size = (dict(train=2000, test=50, steps=60, samples=200, likelihood_steps=8, grid=1.0) if opt.quick else
             dict(train=50000, test=2000, steps=2000, samples=10000, likelihood_steps=64, grid=0.25))
     config = dict(seed=opt.seed, quick=opt.quick, **size, sde="VE(0.01, 20)", data_std=DATA_STD)
     command = "python toy_gmm.py" + " --quick" * opt.quick + (f" --seed {opt.seed}" if opt.seed else "")

@@ -27,7 +27,7 @@ def get_standard():
     torch.manual_seed(0)
     model = sgu.UNet(channels=(8, 16) if quick else (16, 32))
     ema, sde = copy.deepcopy(model), sgu.VE()
-    for info in sgu.train(model, ema, sde, data["train"], steps=150 if quick else 400, batch_size=32 if quick else 64, lr=5e-3 if quick else 3e-3):
+    for info in sgu.train(model, ema, sde, data["train"], steps=100 if quick else 400, batch_size=32 if quick else 64, lr=5e-3 if quick else 3e-3):
         pass
     return ema.eval().requires_grad_(False), sde, data
 
