@@ -4,17 +4,20 @@
     python sgu.py --dataset mnist --forget 3,7       the paper's first experiment
     python sgu.py --help                             every option
 
-The file follows the paper "Unlearning is better than unseen": 1 schedules (Eq. 3), 2 network, 3 losses (Eq. 5, 8-14),
-4 samplers (Eq. 4), 5 likelihood, 6 inpainting and reconstruction, 7 training (Eq. 11), 8 data, 9 the judge, 10 the command.
+Sections 1 to 7 are the method, in the order of the paper "Unlearning is better than unseen": 1 schedules (Eq. 3), 2 network,
+3 losses (Eq. 5, 8-14), 4 samplers (Eq. 4), 5 likelihood, 6 inpainting and reconstruction, 7 training (Eq. 11). 8 data, 9 the judge
+and 10 the command make a program of it. How long it takes and what it yields is in README.md.
 
 Notation, used everywhere:
     x0 ~ D     data; D_g are the images to keep (the paper's SFG), D_f the images to forget (NSFG); p_g, p_f their densities
     x_t        a(t) x0 + s(t) z with z ~ N(0, I) and t in [0, 1], so p_0t(x_t | x0) = N(a x0, s^2 I)
     score      grad_x log p_t(x), always. Any function score(x, t) with x: (B, ...) and t: (B,) will do: a network or a formula
     e          predicted noise, e = -s(t) score(x_t, t); the training target of e is z, the training target of score is u = -z/s
+    e_g, e_f   what e would be if trained on D_g or D_f alone to perfection: E[z | x_t] under p_g or p_f
+    sigma      s/a, the noise-to-signal ratio: the noise level of x_t/a.  D in a formula is the number of pixels (dimensions)
 Every loss below is a mean over pixels, in units of this noise, so that its weight means the same on 2 and on 12,288 dimensions.
 """
-import argparse, copy, dataclasses, json, math, os, pathlib, platform, shlex, signal, sys, time, zlib
+import argparse, copy, dataclasses, functools, json, math, os, pathlib, platform, shlex, signal, sys, time, zlib
 
 import numpy as np
 import torch
@@ -161,7 +164,7 @@ class Block(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.film = nn.Linear(c_emb, 2 * c_out)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)             # every block starts as the identity
+        nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)             # every block starts as its skip path
 
     def forward(self, x, emb):                                                         # x: (B, c_in, h, w), emb: (B, c_emb)
         h = self.conv1(F.silu(self.norm1(x)))
@@ -188,6 +191,7 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """Time-conditioned U-Net, (B, C, H, W), (B,) -> (B, C, H, W).
 
+    The second argument is log(sigma)/4, about -1 to 1: all the network knows of t. channels: one width per level, multiples of 8.
     patch folds patch x patch pixels into channels first, so that no convolution runs at full resolution: for 28x28 digits
     patch=2 costs a quarter of the arithmetic and runs near a CPU's peak. H and W must divide by patch * 2^(levels - 1).
     """
@@ -196,7 +200,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = dict(image_channels=image_channels, channels=list(channels), blocks=blocks, patch=patch, attention=attention)
         c_emb, self.patch = 4 * channels[0], patch
-        self.register_buffer("freqs", torch.linspace(0, math.log(30), 16).exp())       # log sigma spans about 10 units
+        self.register_buffer("freqs", torch.linspace(0, math.log(30), 16).exp())       # up to 30: tells levels 1/30 apart
         self.embed = nn.Sequential(nn.Linear(32, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb), nn.SiLU())
         self.inp = nn.Conv2d(image_channels * patch ** 2, channels[0], 3, padding=1)
         self.down, self.up, widths, c = nn.ModuleList(), nn.ModuleList(), [], channels[0]
@@ -216,8 +220,8 @@ class UNet(nn.Module):
         nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x, noise):                               # x: (B, C, H, W), noise: (B,) is log(sigma) / 4
-        angles = noise[:, None] * self.freqs                   # (B, 16)
+    def forward(self, x, level):                               # x: (B, C, H, W), level: (B,) is log(sigma) / 4
+        angles = level[:, None] * self.freqs                   # (B, 16)
         emb = self.embed(torch.cat([angles.sin(), angles.cos()], dim=1))
         h = self.inp(F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last))
         skips = []
@@ -237,9 +241,11 @@ class UNet(nn.Module):
 def make_score(model, sde, data_std=0.5, precision="float32"):
     """The function score(x, t) = -e/s of a network F = model(input, log(sigma)/4).
 
-    Preconditioning (Karras et al. 2022, their Table 1): with y = x/a = x0 + sigma z, the denoised image is a fixed mix of y
-    and the network, so F has unit-variance inputs and targets at every noise level and need not learn e ~ y/sigma at high
-    noise. Solved for the noise e = (y - denoised)/sigma this is the line below. precision: 'float32' or 'bfloat16' for F.
+    Preconditioning (Karras et al. 2022, their Table 1): with y = x/a = x0 + sigma z and total^2 = sigma^2 + data_std^2,
+        denoised = (data_std/total)^2 y + (sigma data_std/total) F(y/total, log(sigma)/4)
+    so that F has unit-variance inputs and targets at every noise level and need not learn e ~ y/sigma at high noise. Solved for
+    e = (y - denoised)/sigma this is the last line. data_std: standard deviation of the data, about 0.5 for images in [-1, 1]; the
+    same in training and use. precision: 'float32' or 'bfloat16' for F.
     """
     def score(x, t):
         a, s = (expand(v, x) for v in sde.marginal(t))
@@ -254,15 +260,19 @@ def make_score(model, sde, data_std=0.5, precision="float32"):
 # =====================================================================================================================
 # 3. Losses.  Eq. 5, 8, 12 (keep), Eq. 9, 13 (orthogonal), Eq. 10, 14 (obtuse), Eq. 11 (their sum)
 #
-#                          noise units, mean over D pixels      minimised over e(x_t) alone, with the keep loss (see notebook 8)
-#     score matching       mean_i (e_i - z_i)^2                 e = e_g, the noise of D_g
-#     SGU-Orthogonal       (e.z / D)^2, an INNER product        shrinks e where D_f dominates: bounded, leaves noise
-#     SGU-Obtuse           e.z / D                              pushes e away from e_f with strength p_f/p_g: unbounded
+#                          noise units, mean over D pixels      the e(x_t) that minimises Eq. 11 (derived in notebook 8)
+#     score matching       mean_i (e_i - z_i)^2                 e_g                          (alone)
+#     SGU-Orthogonal       (e.z / D)^2, an INNER product        (I + R C/D)^-1 e_g           shrinks e: bounded, leaves noise
+#     SGU-Obtuse           e.z / D                              e_g - (R/2) e_f              flees from e_f: unbounded as p_f/p_g grows
+#     SGU-Relative, ours   e.(z - e_ref) / D                    e_g - (R/2) (e_f - e_ref)    guided away from D_f: bounded
+#
+# with R = (1 - alpha) p_f(x_t) / (alpha p_g(x_t)), times the forget weight over the keep weight, and C = E[z z^T | x_t] under p_f.
 #
 # Signs: score = -e/s and u = -z/s, so score.u = e.z/s^2. Obtuse MINIMISES e.z: it turns the score away from the forgotten data.
-# Weights: the paper's lambda(t) is s^2 (continuous) or beta_k/(2 (1 - beta_k)(1 - abar_k)) (DDPM, sigma_k^2 = beta_k).
-#     'noise'   weight 1 on the formulas above: the default, because no noise level can drown the others
-#     'paper'   lambda(t) times the paper's formula in score units. For Eq. 5, 8, 10 that is the same; for Eq. 9 it is 1/s^2
+# Weights (weighting=):
+#     'noise'   weight 1 on the formulas above: the default here, because no noise level can drown the others. train() has its own
+#     'paper'   the paper's lambda(t). Continuous: s^2 times the formula in score units, hence 1 for Eq. 5, 8, 10 and 1/s^2 for Eq. 9.
+#               DDPM: the variational weight beta_k / (2 (1 - beta_k)(1 - abar_k)) on the formulas above
 #     a function of t: (B,) -> weight (B,): anything else
 # =====================================================================================================================
 
@@ -301,7 +311,8 @@ def score_matching_loss(score, sde, x0, t=None, z=None, weighting="noise", gener
 def orthogonal_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
     """Eq. 9 and 13: (e.z / D)^2, a squared inner product, averaged over the batch. x0: (B, ...) from D_f -> scalar >= 0.
 
-    The square is outside the sum over pixels. Written elementwise, mean_i (e_i z_i)^2, its only minimum would be e = 0.
+    The square is outside the sum over pixels, so it costs nothing to keep what is perpendicular to z. Written elementwise,
+    mean_i (e_i z_i)^2, it would shrink every pixel by itself.
     """
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
     return (loss_weight(sde, t, weighting, power=2) * (e * z).mean(1).square()).mean()
@@ -316,30 +327,39 @@ def obtuse_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=Non
     return (loss_weight(sde, t, weighting) * (e * z).mean(1)).mean()
 
 
-def capped_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None, floor=-0.5):
-    """Ours: obtuse until e.z / D falls to floor, then no further push, so that no batch is pushed without bound. x0: (B, ...) from D_f -> scalar."""
+def relative_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None, *, reference):
+    """Ours: obtuse relative to a frozen score, e.(z - e_ref) / D. x0: (B, ...) from D_f -> scalar of either sign.
+
+    reference: Standard's score(x, t). In the mean over z this pushes e away from e_f - e_ref: not at all where D_f and D call for
+    the same noise. It is NegGrad made linear at the reference, hence bounded. Its optimum with the keep loss, e_g - (R/2)(e_f - e_ref),
+    is classifier guidance without a classifier: score = score_g + w grad log P(g | x_t), w = (1 - alpha)/(2 alpha) |D_g|/|D_f|,
+    for equal keep and forget weights (notebook 8).
+    """
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
-    return (loss_weight(sde, t, weighting) * (e * z).mean(1).clamp(min=floor)).mean()
+    with torch.no_grad():
+        e_ref = predict_noise(reference, sde, x0, t, z.view_as(x0), generator)[1]
+    return (loss_weight(sde, t, weighting) * (e * (z - e_ref)).mean(1)).mean()
 
 
 def neggrad_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
-    """Rival NegGrad+ (Eq. 7 taken literally): minus the keep loss on D_f. x0: (B, ...) from D_f -> scalar <= 0, without lower bound."""
+    """Rival NegGrad+ (Kurmanji et al. 2023; the paper's Eq. 7 taken literally): minus the keep loss on D_f, without lower bound.
+
+    x0: (B, ...) from D_f -> scalar <= 0.
+    """
     return -score_matching_loss(score, sde, x0, t, z, weighting, generator)
 
 
 def erasediff_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None, centre=0.5):
-    """Rival EraseDiff: aim e at uniform noise of mean centre (0.5 as published) on D_f. x0: (B, ...) from D_f -> scalar >= 0.
+    """Rival EraseDiff (Wu et al. 2024): aim e on D_f at uniform noise of mean centre, 0.5 as published.
 
-    Its optimum is the constant e = centre, a uniform push; with centre = 0 it is e = 0, as for the elementwise 'orthogonal'.
+    x0: (B, ...) from D_f -> scalar >= 0. Its optimum is the constant e = centre, a uniform push; with centre = 0 it is e = 0, as for the elementwise 'orthogonal'.
     """
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
-    u = torch.rand(e.shape, generator=generator, device=e.device) - 0.5 + centre
-    return (loss_weight(sde, t, weighting) * (e - u).square().mean(1)).mean()
+    aim = torch.rand(e.shape, generator=generator, device=e.device) - 0.5 + centre
+    return (loss_weight(sde, t, weighting) * (e - aim).square().mean(1)).mean()
 
 
-def erasediff_zero_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
-    """EraseDiff aimed at noise of mean 0. x0: (B, ...) from D_f -> scalar >= 0."""
-    return erasediff_loss(score, sde, x0, t, z, weighting, generator, centre=0.0)
+erasediff_zero_loss = functools.partial(erasediff_loss, centre=0.0)
 
 
 def sgu_loss(score, sde, x_g, x_f, alpha, forget_loss=orthogonal_loss, weighting="noise", generator=None):
@@ -351,7 +371,8 @@ def sgu_loss(score, sde, x_g, x_f, alpha, forget_loss=orthogonal_loss, weighting
 # =====================================================================================================================
 # 4. Samplers.  Eq. 4, from t = 1 down:  dx = [f(x, t) - g(t)^2 score(x, t)] dt + g(t) dw
 #
-# All share one grid of times, evenly spaced in sigma^(1/7) (Karras et al. 2022): long steps in noise, short ones near data.
+# All but the DDPM's own share one grid of times, evenly spaced in sigma^(1/7) (Karras et al. 2022): long steps in noise, short ones
+# near data.
 # The grid and its coefficients are float64 numbers on the CPU; images stay float32 on their device. All end with one step to
 # the mean E[x0 | x_t] = (x + s^2 score)/a, which removes the last, invisible noise.
 # =====================================================================================================================
@@ -401,7 +422,8 @@ def langevin_step(score, sde, x, t, snr, generator):
 
 @torch.no_grad()
 def euler_maruyama(score, sde, shape, steps=200, generator=None, device=None):
-    """Samples of Eq. 4 by Euler-Maruyama. shape: (B, ...) -> x: (B, ...) near [-1, 1]; steps + 1 network evaluations."""
+    """Samples of Eq. 4 by Euler-Maruyama. shape: (B, ...) -> x: (B, ...), for images near [-1, 1]; steps + 1 network
+    evaluations. Below about 20 steps the long first steps overshoot; ode_sample needs fewer."""
     x = sde.prior_sample(shape, generator, device)
     grid = time_grid(sde, steps)
     for t, t_next in zip(grid, grid[1:]):
@@ -411,7 +433,7 @@ def euler_maruyama(score, sde, shape, steps=200, generator=None, device=None):
 
 @torch.no_grad()
 def predictor_corrector(score, sde, shape, steps=100, snr=0.16, corrector_steps=1, generator=None, device=None):
-    """Euler-Maruyama, each step followed by Langevin corrections (Song et al. 2021). steps (1 + corrector_steps) + 1 evaluations."""
+    """Euler-Maruyama, each step followed by Langevin corrections (Song et al. 2021). steps*(1 + corrector_steps) + 1 evaluations."""
     x = sde.prior_sample(shape, generator, device)
     grid = time_grid(sde, steps)
     for t, t_next in zip(grid, grid[1:]):
@@ -423,7 +445,7 @@ def predictor_corrector(score, sde, shape, steps=100, snr=0.16, corrector_steps=
 
 @torch.no_grad()
 def ode_sample(score, sde, shape, steps=25, generator=None, device=None):
-    """Samples of the probability flow dx/dt = f - g^2 score / 2, by Heun's method. 2 steps + 1 network evaluations.
+    """Samples of the probability flow dx/dt = f - g^2 score / 2, by Heun's method. 2*steps + 1 network evaluations.
 
     Substituting y = x/a and sigma = s/a turns this equation into dy/dsigma = e = -s score for all three schedules: the 1/2 goes
     into d(sigma^2) = (g/a)^2 dt. In y and sigma paths are nearly straight, so few steps do (Karras et al. 2022).
@@ -431,10 +453,10 @@ def ode_sample(score, sde, shape, steps=25, generator=None, device=None):
     grid = time_grid(sde, steps)
     a, s = sde.marginal(grid)
     y, sigma = sde.prior_sample(shape, generator, device) / float(a[0]), s / a
-    noise = lambda y, i: -float(s[i]) * score_at(score, float(a[i]) * y, grid[i])
+    e_at = lambda y, i: -float(s[i]) * score_at(score, float(a[i]) * y, grid[i])
     for i in range(steps):
-        h, e = float(sigma[i + 1] - sigma[i]), noise(y, i)
-        y = y + h / 2 * (e + noise(y + h * e, i + 1))
+        h, e = float(sigma[i + 1] - sigma[i]), e_at(y, i)
+        y = y + h / 2 * (e + e_at(y + h * e, i + 1))
     return denoise(score, sde, float(a[-1]) * y, grid[-1])
 
 
@@ -465,7 +487,7 @@ def ancestral_sample(score, sde, shape, steps=None, generator=None, device=None)
 #     log p_0(x_0) = log p_1(x_1) + int div_x (dx/dt) dt
 #
 # Substituted like ode_sample, and once more: w = y/c with c = sqrt(1 + sigma^2) has unit scale at every noise level, and in
-# u = log sigma the flow is smooth:  dw/du = sigma (e - sigma w/c)/c,  div_w (dw/du) = sigma div_y e - D sigma^2/c^2.
+# l = log sigma the flow is smooth:  dw/dl = sigma (e - sigma w/c)/c,  div_w (dw/dl) = sigma div_y e - D sigma^2/c^2.
 # Sixteen steps of the classical Runge-Kutta method then do what hundreds of Heun steps in t do.
 #
 # One evaluation costs one forward pass and one vector-Jacobian product: e gives the path, v.(de/dy v) with random signs v the
@@ -480,29 +502,30 @@ def own_generators(x, generator):
 
 
 def log_likelihood(score, sde, x, steps=16, probes=1, exact=False, generator=None):
-    """log p(x) under the probability flow of score. x: (B, ...) -> (B,) in nats, float64; 4 steps (network + gradient) evaluations.
+    """log p(x) under the probability flow of score. x: (B, ...) -> (B,) in nats, float64; 4*steps evaluations of network and gradient.
 
+    Strictly log p_t at t = sde.t_min, the density of the data with their least noise (VE: sigma 0.01, about one level of 256).
     probes: random sign vectors per evaluation. exact: the divergence from D gradients, for few dimensions. Error of the grid:
-    compare with twice the steps, it falls sixteenfold (Runge-Kutta of order four).
+    with exact=True compare with twice the steps, it falls sixteenfold (Runge-Kutta of order four); probes add their own.
     """
     d, signs = x[0].numel(), own_generators(x, generator)
     ends = torch.tensor([sde.t_min, 1.], dtype=torch.float64)
     a, s = sde.marginal(ends)
     lo, hi = (s / a).log()
-    u = torch.linspace(0, 1, 2 * steps + 1, dtype=torch.float64).mul(hi - lo).add(lo)  # knots and midpoints, from data to noise
-    grid = sde.time(u.exp())
+    log_sigma = torch.linspace(0, 1, 2 * steps + 1, dtype=torch.float64).mul(hi - lo).add(lo)    # knots and midpoints, data to noise
+    grid = sde.time(log_sigma.exp())
     grid[0], grid[-1] = ends
     a, s = sde.marginal(grid)
     sigma, c, h = s / a, (1 + (s / a) ** 2).sqrt(), float(hi - lo) / steps
 
     def flow(w, i):
-        """dw/du and its divergence at u[i]."""
+        """dw/dl and its divergence at knot i."""
         with torch.enable_grad():
             y = (float(c[i]) * w).detach().requires_grad_()
             e = -float(s[i]) * score_at(score, float(a[i]) * y, grid[i])
             if exact:
-                rows = [torch.autograd.grad(row.sum(), y, retain_graph=True)[0].flatten(1)[:, j] for j, row in enumerate(e.flatten(1).unbind(1))]
-                div = wide(sum(rows))
+                flat = e.flatten(1).unbind(1)                                          # D tensors (B,); row j of the Jacobian from flat[j]
+                div = wide(sum(torch.autograd.grad(ej.sum(), y, retain_graph=True)[0].flatten(1)[:, j] for j, ej in enumerate(flat)))
             else:
                 div = 0
                 for _ in range(probes):
@@ -523,40 +546,47 @@ def log_likelihood(score, sde, x, steps=16, probes=1, exact=False, generator=Non
     return log_p + sde.prior_log_prob(float(a[-1] * c[-1]) * w) + d * float((a[-1] * c[-1] / (a[0] * c[0])).log())
 
 
+def levels_of(x):
+    """The 8-bit levels 0..255 of images x: (...) in [-1, 1], uint8."""
+    if float(x.min()) < -1 or float(x.max()) > 1:
+        raise ValueError(f"a likelihood in bits/dim needs images in [-1, 1]; these span [{float(x.min()):.3g}, {float(x.max()):.3g}]")
+    return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
+
+
 def bits_per_dim(score, sde, x, steps=16, probes=1, exact=False, generator=None):
     """Negative log-likelihood of 8-bit images in bits/dim. x: (B, C, H, W) in [-1, 1] -> (B,).
 
     Uniform dequantisation first: level k in 0..255 becomes y = 2 (k + u)/256 - 1 with u ~ U[0, 1). A density over y is one over
     levels divided by 128 per pixel, hence -log2 p(y)/D + 7 (the paper's code leaves +8, right for data in [0, 1], in its tables).
+    Raises ValueError for images outside [-1, 1].
     """
-    if float(x.min()) < -1 or float(x.max()) > 1:
-        raise ValueError(f"bits_per_dim needs images in [-1, 1]; these span [{float(x.min()):.3g}, {float(x.max()):.3g}]")
-    levels = ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
-    u = torch.stack([torch.rand(x.shape[1:], generator=g) for g in own_generators(levels, generator)])
-    nats = log_likelihood(score, sde, (levels + u.to(x)) / 128 - 1, steps, probes, exact, generator)
+    levels = levels_of(x)
+    jitter = torch.stack([torch.rand(x.shape[1:], generator=g) for g in own_generators(levels, generator)])
+    nats = log_likelihood(score, sde, (levels + jitter.to(x)) / 128 - 1, steps, probes, exact, generator)
     return -nats / (x[0].numel() * math.log(2)) + 7
 
 
 @torch.no_grad()
 def variational_bound(score, sde, x, terms=100, generator=None):
-    """The DDPM's bound on bits/dim, -ELBO of the discrete chain (Ho et al. 2020, Eq. 5). x: (B, C, H, W) in [-1, 1] -> (B,).
+    """The bound on bits/dim of a chain sde: DDPM, -ELBO (Ho et al. 2020, Eq. 5). x: (B, C, H, W) in [-1, 1] -> (B,).
 
         KL(q(x_N | x_0) || N(0, I)) + sum_{k=2}^{N} KL(q(x_{k-1} | x_k, x_0) || p(x_{k-1} | x_k)) - log P(levels | x_1)
 
     The k-th KL is the variational weight of Eq. 12 times |e - z|^2, plus what p's variance beta_k costs against the posterior's.
     terms: how many of the N - 1 middle terms are evaluated, evenly spread with a random offset (an unbiased estimate of the sum).
     """
-    levels = ((x + 1) * 128).floor().clamp(0, 255)
+    levels = levels_of(x)
     x0, n, d = (levels + 0.5) / 128 - 1, sde.n_steps, x[0].numel()
     a, s = sde.marginal(torch.ones(1, dtype=torch.float64))
     prior = 0.5 * (float(a) ** 2 * wide(x0).square().flatten(1).sum(1) + d * float(s ** 2 - 1 - (s ** 2).log()))
     terms = min(terms, n - 1)
     offset = float(torch.rand(1, generator=generator, device=x.device))
     middle = 0
-    for k in (2 + (torch.arange(terms) + offset) * (n - 1) / terms).long().tolist():
+    for k in (2 + (torch.arange(terms, dtype=torch.float64) + offset) * (n - 1) / terms).long().tolist():
         t = torch.full((len(x),), k / n, device=x.device)
         _, e, z = predict_noise(score, sde, x0, t, None, generator)
-        beta, (_, s), (_, s_before) = float(sde.betas[k - 1]), *(map(float, sde.marginal(torch.tensor([j / n], dtype=torch.float64))) for j in (k, k - 1))
+        beta = float(sde.betas[k - 1])
+        s, s_before = sde.marginal(torch.tensor([k, k - 1], dtype=torch.float64) / n)[1].tolist()
         ratio = (s_before / s) ** 2                                                     # posterior variance / beta_k
         mean = beta / (2 * (1 - beta) * s ** 2) * wide((e - z).square().sum(1))
         middle = middle + (mean + d / 2 * (-math.log(ratio) - 1 + ratio)) * (n - 1) / terms
@@ -564,7 +594,8 @@ def variational_bound(score, sde, x, terms=100, generator=None):
     a, s = map(float, sde.marginal(torch.tensor([1 / n], dtype=torch.float64)))
     x1 = a * x0 + s * noise_like(x0, generator)
     mean = wide((x1 + beta * score(x1, t)) / math.sqrt(1 - beta))
-    lower, upper = (torch.special.ndtr((edge - mean) / math.sqrt(beta)) for edge in (wide(levels) / 128 - 1, (wide(levels) + 1) / 128 - 1))
+    cdf = lambda edge: torch.special.ndtr((edge / 128 - 1 - mean) / math.sqrt(beta))
+    lower, upper = cdf(wide(levels)), cdf(wide(levels) + 1)
     lower, upper = torch.where(wide(levels) == 0, 0., lower), torch.where(wide(levels) == 255, 1., upper)
     first = -(upper - lower).clamp(min=1e-12).log().flatten(1).sum(1)
     return (prior + middle + first) / (d * math.log(2))
@@ -572,8 +603,8 @@ def variational_bound(score, sde, x, terms=100, generator=None):
 
 def dequantise(levels, generator=None):
     """uint8 levels (B, ...) -> 2 (k + u)/256 - 1 in [-1, 1], u ~ U[0, 1) new at every call."""
-    u = torch.rand(levels.shape, generator=generator, device=levels.device)
-    return (levels + u) / 128 - 1
+    jitter = torch.rand(levels.shape, generator=generator, device=levels.device)
+    return (levels + jitter) / 128 - 1
 
 
 # =====================================================================================================================
@@ -586,7 +617,7 @@ def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
 
     From pure noise; before every evaluation the known pixels are replaced by themselves at that noise level. Replacing alone does
     not sample the conditional law (the unknown pixels were drawn without knowing them), so every step is gone back, by forward
-    noise, and taken again repeats times (Lugmayr et al. 2022); steps repeats + 1 network evaluations.
+    noise, and taken again repeats times (Lugmayr et al. 2022); steps*repeats + 1 network evaluations.
     Unknown pixels of x are dropped first, so the answer cannot leak, and known pixels come back bit for bit.
     """
     known = mask.to(x.device).bool().expand_as(x)
@@ -600,7 +631,7 @@ def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
     (a, s), y = sde.marginal(grid), pin(sde.prior_sample(x.shape, generator, x.device), grid[0])
     for i in range(steps):
         for r in range(repeats):
-            if r > 0:                                                                  # back up to grid[i]: forward noise, then down again
+            if r > 0:                          # back up to grid[i]: x_i = up x_{i+1} + noise of variance s_i^2 - up^2 s_{i+1}^2
                 up = float(a[i] / a[i + 1])
                 y = pin(up * y + math.sqrt(max(float(s[i]) ** 2 - (up * float(s[i + 1])) ** 2, 0)) * noise_like(x, generator), grid[i])
             y = pin(reverse_step(score, sde, y, grid[i], grid[i + 1], generator), grid[i + 1])
@@ -609,7 +640,10 @@ def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
 
 @torch.no_grad()
 def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
-    """Noise x: (B, ...) to time t, then walk Eq. 4 back to data: (B, ...). A score that forgot x cannot find the way back."""
+    """Noise x: (B, ...) to time t, then walk Eq. 4 back to data: (B, ...). A score that forgot x cannot find the way back.
+
+    The paper's t = 0.02 is faint noise: sigma = 0.08 for VP, and for VE 0.012, next to nothing. Raises ValueError for t outside [0, 1].
+    """
     if not 0 <= t <= 1:
         raise ValueError(f"reconstruct needs t in [0, 1], not {t}")
     if t <= sde.t_min:
@@ -629,7 +663,8 @@ def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
 # t ~ U[0, 1] for VE), half sit around sigma = 1, where digits take shape. The keep loss is weighted by 1 + (sigma/data_std)^2,
 # which makes the loss of the preconditioned network F equally large at every noise level (Karras et al. 2022). The forget losses
 # are linear or quadratic in e.z rather than in e - z, so the square root of that weight does the same for them ('balanced'). And
-# where sigma > 6 noise hides the class, p_f and p_g coincide and forgetting only fights keeping: see window.
+# where sigma > 6 noise hides the class, p_f and p_g coincide and forgetting only fights keeping: see window. All this was found by
+# trying; METHODS in section 10 holds what was found for each loss.
 # =====================================================================================================================
 
 def sample_times(sde, n, generator=None, device=None, window=(0., 1.)):
@@ -659,15 +694,15 @@ def forget_weight(sde, data_std=0.5):
     return lambda t: keep_weight(sde, data_std)(t).sqrt()
 
 
-def saliency_mask(model, sde, forget, forget_loss, *, batches=10, batch_size=64, keep_share=0.5, seed=0, precision="float32"):
-    """Rival SalUn: an edit_gradient that trains only the keep_share of the weights with the largest |sum of forget gradients|."""
+def saliency_mask(model, sde, forget, forget_loss, *, batches=10, batch_size=64, train_share=0.5, seed=0, precision="float32"):
+    """Rival SalUn (Fan et al. 2024): an edit_gradient that trains only the weights with the largest |sum of forget gradients|."""
     score, g = make_score(model, sde, precision=precision), torch.Generator(forget.device).manual_seed(seed)
     model.zero_grad(set_to_none=True)
     for _ in range(batches):
         t = sample_times(sde, batch_size, g, forget.device)
         forget_loss(score, sde, draw(forget, batch_size, g), t=t, weighting=forget_weight(sde), generator=g).backward()
     saliency = torch.cat([p.grad.abs().flatten() for p in model.parameters()])
-    threshold = saliency.kthvalue(max(1, round((1 - keep_share) * len(saliency)))).values
+    threshold = saliency.kthvalue(max(1, round((1 - train_share) * len(saliency)))).values
     masks = [p.grad.abs() > threshold for p in model.parameters()]
     model.zero_grad(set_to_none=True)
 
@@ -678,7 +713,7 @@ def saliency_mask(model, sde, forget, forget_loss, *, batches=10, batch_size=64,
 
 
 def fisher_penalty(model, sde, keep, *, strength=100.0, batches=50, batch_size=8, seed=0, precision="float32"):
-    """Rival elastic weight consolidation: an edit_gradient that adds the gradient of strength sum_i F_i (theta_i - theta0_i)^2.
+    """Rival elastic weights (Kirkpatrick et al. 2017): an edit_gradient that adds that of strength sum_i F_i (theta_i - theta0_i)^2.
 
     F is the diagonal Fisher information of the keep loss at theta0, estimated as the mean squared gradient of small batches.
     """
@@ -707,16 +742,20 @@ def draw(data, n, generator):
 def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, steps, batch_size=128, lr=1e-3, warmup=100,
           ema_decay=0.999, window=(0., 1.), weighting=None, forget_weighting=None, precision="float32", data_std=0.5, seed=0,
           state=None, compile=False, forget_ratio=None, edit_gradient=None):
-    """Train model in place by Eq. 11, ema following it; a generator that yields after every step.
+    """Train model in place by Eq. 11, ema following it; a generator that yields after every step: for info in train(...): ...
 
-    keep, forget: (N, ...) uint8 or float tensors on the model's device. forget_loss: any function with the signature of
-    obtuse_loss. window: the times t at which the forget loss acts. weighting, forget_weighting: 'noise', 'paper' or a function of t;
-    None: keep_weight and forget_weight. With unequal weights the optimum of section 3 has R times their ratio.
-    forget_ratio: rescale the forget gradient to this share of the keep gradient's norm, whatever alpha (SISS). edit_gradient: called
-    as edit_gradient(model) before every step (saliency_mask, fisher_penalty). state: what snapshot() returned, to go on from there.
-    Yields dict(step, steps, keep, forget, snapshot): losses per pixel; snapshot() -> dict for torch.save.
-    Raises FloatingPointError at the first non-finite loss, naming the step and the time t.
+    model: a network (x, log(sigma)/4) -> the shape of x, for make_score with the same data_std; ema: copy.deepcopy(model), the averaged
+    weights that one samples from. keep, forget: (N, ...) uint8 or float tensors on the model's device; alpha = 1 ignores forget.
+    forget_loss: any function with the signature of obtuse_loss. window: the times t at which it acts; t comes from sample_times.
+    weighting, forget_weighting: 'noise', 'paper' or a function of t; None: keep_weight and forget_weight. R of section 3 has their ratio.
+    forget_ratio: rescale the forget gradient to this share of the keep gradient's norm, whatever alpha (the step of SISS, Alberti et al.
+    2025, without its importance sampling). edit_gradient: called as edit_gradient(model) before every step (saliency_mask, fisher_penalty).
+    state: what snapshot() returned, to go on from there. Gradients are clipped to norm 1.
+    Yields dict(step, steps, keep, forget, snapshot): losses per pixel; snapshot() -> dict for torch.save, before the next step.
+    Raises FloatingPointError at the first non-finite loss, naming the step and the time t; ValueError for forget without a forget_loss.
     """
+    if forget is not None and forget_loss is None:
+        raise ValueError("forget needs a forget_loss, for instance obtuse_loss")
     device = keep.device
     score = make_score(torch.compile(model) if compile else model, sde, data_std, precision)
     weighting, forget_weighting = weighting or keep_weight(sde, data_std), forget_weighting or forget_weight(sde, data_std)
@@ -738,8 +777,8 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, st
         if not torch.isfinite(loss):
             with torch.no_grad():
                 bad = [f"{ti:.4f}" for xi, ti in zip(x0, t) if not torch.isfinite(loss_fn(score, sde, xi[None], t=ti[None], weighting=w))]
-            raise FloatingPointError(f"the {'keep' if loss_fn is score_matching_loss else 'forget'} loss is {float(loss.detach())} at step "
-                                     f"{done + 1}, t = {', '.join(bad[:3]) or 'any'}; lower the learning rate, or raise alpha to give "
+            which = "keep" if loss_fn is score_matching_loss else "forget"
+            raise FloatingPointError(f"the {which} loss is {float(loss.detach())} at step {done + 1}, t = {', '.join(bad[:3]) or 'any'}; lower the learning rate, or raise alpha to give "
                                      "the forget loss a smaller share")
         return loss
 
@@ -757,7 +796,7 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, st
             loss_f = term(forget_loss, forget, streams[1], forget_weighting, window, batch_size)
             total = total + (1 - alpha) * loss_f
         optimiser.zero_grad(set_to_none=True)
-        if forget_ratio is None or forget is None:
+        if forget_ratio is None or not loss_f.requires_grad:
             total.backward()
         else:
             loss_f.backward()
@@ -805,7 +844,8 @@ def load_data(name, root="data"):
 
     name: one of DATASETS, or the path of an .npz with images (N, H, W) or (N, H, W, C) uint8, labels (N,) or attributes (N, A),
     and, if you like, class_names or attribute_names, and split (N,) with 0 for training (else a random sixth is for testing).
-    torchvision downloads what is missing below root. Labels of attribute data are (N, A) bool; see choose(). Raises UsageError saying which file to put where.
+    torchvision downloads what is missing below root. Labels of attribute data are (N, A) bool; see choose(). Raises UsageError saying
+    which file to put where.
     """
     if name.endswith(".npz"):
         return load_npz(name)
@@ -898,7 +938,8 @@ def draw_glyphs(n, seed, side=28):
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    fonts = "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10 cmss10 cmtt10"
+    fonts = ("DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic "
+             "STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10 cmss10 cmtt10")
     plates = []                                                                         # every digit of every font, large
     for font in fonts.split():
         for digit in DIGITS:
@@ -913,7 +954,7 @@ def draw_glyphs(n, seed, side=28):
     g = torch.Generator().manual_seed(seed)
     rand = lambda lo, hi: lo + (hi - lo) * torch.rand(n, generator=g)
     which, stroke = torch.randint(len(plates), (n,), generator=g), torch.randint(3, (n,), generator=g)
-    angle, scale, slant, dx, dy = rand(-0.25, 0.25), rand(0.85, 1.25), rand(-0.2, 0.2), rand(-0.15, 0.15), rand(-0.15, 0.15)
+    angle, scale, slant, dx, dy = rand(-0.15, 0.15), rand(0.9, 1.1), rand(-0.1, 0.1), rand(-0.08, 0.08), rand(-0.08, 0.08)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     affine = torch.stack([cos, -sin + slant, dx, sin, cos, dy], dim=1).view(n, 2, 3)
     images = []
@@ -992,7 +1033,7 @@ class Judge(nn.Module):
 
 def train_judge(data, width=16, epochs=4, lr=6e-3, batch_size=256, flip=False, precision="float32", device="cpu", seed=0):
     """A Judge of data, by AdamW, one cycle of the rate, random shifts (and flips), label smoothing; a generator that yields
-    (step, steps, judge) after every step. Judge weights depend on seed alone."""
+    (step, steps, judge) after every step; the judge is ready when it is exhausted: for step, steps, judge in train_judge(data): pass."""
     x, y = data["train"].to(device), data["train_labels"].to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -1022,7 +1063,7 @@ def train_judge(data, width=16, epochs=4, lr=6e-3, batch_size=256, flip=False, p
 class ClipJudge(nn.Module):
     """CLIP as the paper uses it: zero-shot class prompts; features(x) are its normalised image embeddings. Needs open_clip.
 
-    weights: a name or a file that open_clip.create_model_and_transforms accepts, or None for random weights (tests).
+    weights: a name or a file that open_clip.create_model accepts, or None for random weights (tests).
     """
 
     def __init__(self, classes, name="ViT-B-32", weights="openai"):
@@ -1071,7 +1112,7 @@ def wilson(k, n, z=1.959964):
 
 
 def frechet(f1, f2):
-    """Squared Frechet distance of the Gaussians fitted to features f1: (N, F) and f2: (M, F)."""
+    """Squared Frechet distance of the Gaussians fitted to features f1: (N, F) and f2: (M, F); N and M at least 2."""
     (m1, c1), (m2, c2) = ((f.double().mean(0), torch.cov(f.double().T)) for f in (f1, f2))
     root = lambda c: (lambda l, v: (v * l.clamp(min=0).sqrt()) @ v.T)(*torch.linalg.eigh(c))
     r = root(c1)
@@ -1079,7 +1120,10 @@ def frechet(f1, f2):
 
 
 def judged(probs, features, data, reference):
-    """What the results say of generated images. probs: (N, K), features: (N, F), reference: features (M, F) of real D_g images."""
+    """What the results say of generated images. probs: (N, K), features: (N, F), reference: features (M, F) of real D_g images.
+
+    -> dict(unlearning_ratio with a share per forgotten class, total, n and ci95; unsure, class_histogram, frechet_kept), shares in [0, 1].
+    """
     n, classes = probs.shape
     label, forgotten = probs.argmax(1), torch.tensor(data["forget"])
     hit = torch.isin(label, forgotten)
@@ -1095,21 +1139,24 @@ def judged(probs, features, data, reference):
 # 10. The command: python sgu.py --dataset mnist --forget 3,7
 # =====================================================================================================================
 
-METHODS = dict(             # name: (what it is trained on, forget loss, its default alpha)
-    standard=("D", None, 1.0),
-    unseen=("D_g", None, 1.0),
-    orthogonal=("D_g, D_f", orthogonal_loss, 0.8),
-    obtuse=("D_g, D_f", obtuse_loss, 0.85),
-    capped=("D_g, D_f", capped_loss, 0.85),                        # ours: obtuse, but never further than e.z / D = -1/2
-    finetune=("D_g", None, 1.0),                                   # the rivals: see section 3 and train()
-    neggrad=("D_g, D_f", neggrad_loss, 0.97),
-    siss=("D_g, D_f", neggrad_loss, 0.5),
-    erasediff=("D_g, D_f", erasediff_loss, 0.9),
-    erasediff_zero=("D_g, D_f", erasediff_zero_loss, 0.9),
-    salun=("D_g, D_f", obtuse_loss, 0.85),
-    fisher=("D_g, D_f", neggrad_loss, 0.97),
+# How to fine-tune: (share of --steps, share of --lr, the noise levels sigma at which the forget loss acts). A loss without lower bound
+# gets few, small steps. The relative one has an optimum and can take its time; guidance pays where digits are decided, and only there.
+BRIEF, LONG = (0.09, 0.5, (0., 6.)), (0.15, 1.0, (0.2, 3.))
+METHODS = dict(             # name: (what it is trained on, forget loss, its default alpha, how to fine-tune)
+    standard=("D", None, 1.0, LONG),
+    unseen=("D_g", None, 1.0, LONG),
+    orthogonal=("D_g, D_f", orthogonal_loss, 0.8, BRIEF),
+    obtuse=("D_g, D_f", obtuse_loss, 0.85, BRIEF),
+    relative=("D_g, D_f", relative_loss, 0.55, LONG),              # ours: obtuse relative to Standard
+    finetune=("D_g", None, 1.0, LONG),                             # the rivals: see section 3 and train()
+    neggrad=("D_g, D_f", neggrad_loss, 0.97, BRIEF),
+    siss=("D_g, D_f", neggrad_loss, 0.5, BRIEF),
+    erasediff=("D_g, D_f", erasediff_loss, 0.9, BRIEF),
+    erasediff_zero=("D_g, D_f", erasediff_zero_loss, 0.9, BRIEF),
+    salun=("D_g, D_f", obtuse_loss, 0.85, BRIEF),
+    fisher=("D_g, D_f", neggrad_loss, 0.97, BRIEF),
 )
-TITLES = dict(standard="Standard", unseen="Unseen", orthogonal="SGU-Orthogonal", obtuse="SGU-Obtuse", capped="capped obtuse", finetune="fine-tuning",
+TITLES = dict(standard="Standard", unseen="Unseen", orthogonal="SGU-Orthogonal", obtuse="SGU-Obtuse", relative="SGU-Relative", finetune="fine-tuning",
               neggrad="NegGrad+", siss="SISS", erasediff="EraseDiff", erasediff_zero="EraseDiff, mean 0", salun="SalUn mask, obtuse", fisher="NegGrad+, Fisher")
 SAMPLERS = dict(em=euler_maruyama, pc=predictor_corrector, ode=ode_sample, ancestral=ancestral_sample)
 SAMPLER_STEPS = dict(em=60, pc=50, ode=20, ancestral=None)
@@ -1118,7 +1165,7 @@ TASKS = ("sample", "likelihood", "inpaint", "reconstruct")
 
 # What fits a machine. side of the image, kind of device -> network, training and how much to measure.
 PRESETS = {
-    ("glyphs", "cpu"): dict(channels=(16, 32), patch=2, blocks=1, steps=1600, unlearn_steps=240, batch_size=64, lr=8e-3, samples=400, likelihood_samples=20, judge=(8, 3)),
+    ("glyphs", "cpu"): dict(channels=(16, 32), patch=2, blocks=1, steps=1150, batch_size=64, lr=8e-3, samples=400, likelihood_samples=20, judge=(8, 3)),
     (28, "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=5000, batch_size=64, lr=5e-3, samples=2000, likelihood_samples=100, judge=(8, 5)),
     (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, likelihood_samples=1000, judge=(32, 8)),
     (32, "cpu"): dict(channels=(64, 128), patch=2, blocks=1, steps=6000, batch_size=128, lr=1e-3, samples=1000, likelihood_samples=64, judge=(32, 10)),
@@ -1137,18 +1184,18 @@ class Options:
     """Every option of the command. None means: the preset of this data set and device (PRESETS), printed at the start."""
     dataset: str = option("glyphs", "glyphs (drawn from fonts), mnist, fashion, kmnist, cifar10, stl10, celeba, or the path of an .npz")
     forget: str = option(None, "what to forget: class or attribute names or numbers, separated by commas", metavar="3,7")
-    methods: str = option("standard,unseen,orthogonal,obtuse", "which models to make, of " + ", ".join(METHODS))
+    methods: str = option("standard,unseen,orthogonal,obtuse,relative", "which models to make, of " + ", ".join(METHODS))
     training: str = option("finetune", "how the SGU models are made: fine-tuned from Standard, or retrained from scratch", choices=("finetune", "retrain"))
     pretrained: str = option(None, "a standard.pt of an earlier run to start from instead of training Standard", metavar="FILE")
-    sde: str = option(None, "noise schedule (default ve for digits, vp for colour images)", choices=("ve", "vp", "ddpm"))
-    alpha: float = option(None, "weight of the keep loss in Eq. 11, in [0, 1]; 1 - alpha weighs the forget loss (default 0.8 orthogonal, 0.85 obtuse)")
-    forget_window: str = option(None, "times t between which the forget loss acts (default 0 to where sigma = 6: noise hides the classes above)", metavar="LO,HI")
-    weighting: str = option("balanced", "weight of the forget loss: balanced over noise levels, noise units, or the paper's lambda(t)", choices=("balanced", "noise", "paper"))
+    sde: str = option(None, "noise schedule (default ve for glyphs, mnist, fashion and kmnist, else vp)", choices=("ve", "vp", "ddpm"))
+    alpha: float = option(None, "weight of the keep loss in Eq. 11, in [0, 1]; 1 - alpha weighs the forget loss (default: the method's own, in METHODS)")
+    forget_window: str = option(None, "times t between which the forget loss acts (default: the method's own)", metavar="LO,HI")
+    weighting: str = option("balanced", "weight of the forget loss: balanced over noise levels, noise units, or the paper's lambda(t); the keep loss stays balanced", choices=("balanced", "noise", "paper"))
     steps: int = option(None, "training steps of Standard and Unseen")
-    unlearn_steps: int = option(None, "fine-tuning steps of the SGU models (default 9%% of --steps)")
+    unlearn_steps: int = option(None, "fine-tuning steps of the SGU models (default: the method's own, 9 or 15%% of --steps)")
     batch_size: int = option(None, "images per step")
     lr: float = option(None, "peak learning rate of Adam")
-    unlearn_lr: float = option(None, "peak learning rate of the fine-tuning (default half of --lr)")
+    unlearn_lr: float = option(None, "peak learning rate of the fine-tuning (default: the method's own, --lr or half of it)")
     sampler: str = option(None, "em, pc, ode, or ancestral (default em, for ddpm ancestral)", choices=tuple(SAMPLERS))
     sampler_steps: int = option(None, "sampler steps (default %s)" % ", ".join(f"{k} {v or 1000}" for k, v in SAMPLER_STEPS.items()))
     samples: int = option(None, "images to draw from each model")
@@ -1194,8 +1241,8 @@ def resolve(opt):
     for name in methods:
         require(name in METHODS, f"--methods: unknown method {name!r}; choose from {', '.join(METHODS)}")
     require(len(set(methods)) == len(methods), f"--methods {opt.methods}: a method is listed twice")
-    tuned = [m for m in methods if m == "finetune" or METHODS[m][1]]
-    require(not tuned or opt.training == "retrain" or "standard" in methods, f"--methods: {', '.join(tuned)} by fine-tuning needs standard in the list too")
+    tuned = [m for m in methods if fine_tuned(m, opt)]
+    require(not tuned or "standard" in methods, f"--methods: {', '.join(tuned)} by fine-tuning needs standard in the list too")
     for name in opt.tasks.split(","):
         require(name in TASKS, f"--tasks: unknown task {name!r}; choose from {', '.join(TASKS)}")
     require(opt.alpha is None or 0 <= opt.alpha <= 1, f"--alpha must be in [0, 1], not {opt.alpha}")
@@ -1210,7 +1257,6 @@ def resolve(opt):
     default_forget, default_sde, _ = DATASETS.get(opt.dataset, (None, "vp", ""))
     opt.forget, opt.sde = default_forget if opt.forget is None else opt.forget, opt.sde or default_sde
     require(opt.forget is not None, "--forget: say what to forget, for instance --forget 3,7")
-    opt.forget_window = opt.forget_window or f"0,{float(make_sde(opt.sde).time(torch.tensor(6., dtype=torch.float64))):.3f}"
     opt.sampler = opt.sampler or ("ancestral" if opt.sde == "ddpm" else "em")
     require(opt.sampler != "ancestral" or opt.sde == "ddpm", "--sampler ancestral belongs to --sde ddpm")
     for name in ("steps", "unlearn_steps", "batch_size", "lr", "unlearn_lr", "sampler_steps", "samples", "likelihood_samples"):
@@ -1235,13 +1281,9 @@ def resolve(opt):
     preset = PRESETS.get((data["name"], kind)) or PRESETS[28 if side <= 28 else 32 if side <= 32 else 64, kind]
     if opt.sampler_steps is None:
         opt.sampler_steps = SAMPLER_STEPS[opt.sampler] or DDPM().n_steps
-    if opt.steps is None:
-        opt.unlearn_steps = opt.unlearn_steps or preset.get("unlearn_steps")
     for name in ("steps", "batch_size", "lr", "samples", "likelihood_samples"):
         if getattr(opt, name) is None:
             setattr(opt, name, preset[name])
-    opt.unlearn_steps = opt.unlearn_steps or max(1, round(0.09 * opt.steps))
-    opt.unlearn_lr = opt.unlearn_lr or opt.lr / 2
     network = dict(image_channels=data["train"].shape[1], channels=list(preset["channels"]), blocks=preset["blocks"], patch=preset["patch"], attention=True)
     if opt.pretrained:
         load_model(opt.pretrained)
@@ -1253,6 +1295,23 @@ def resolve(opt):
     require(side % unit == 0 and side >= 8, f"images of {data['name']} are {side} pixels wide; this network needs a width that divides by {unit}, 8 or more")
     data.update(preset=preset, network=network)
     return opt, torch.device(opt.device), data
+
+
+def fine_tuned(method, opt):
+    """Does this method start from Standard's weights?"""
+    return method in ("finetune", "relative") or METHODS[method][1] is not None and opt.training == "finetune"
+
+
+def recipe(method, opt):
+    """How a method is trained: dict(alpha, steps, lr, window), its own from METHODS where no option says otherwise; window: the times t."""
+    _, loss, alpha, (share, pace, sigmas) = METHODS[method]
+    how = dict(alpha=alpha if opt.alpha is None or loss is None else opt.alpha, steps=opt.steps, lr=opt.lr)
+    if fine_tuned(method, opt):
+        how.update(steps=opt.unlearn_steps or max(1, round(share * opt.steps)), lr=opt.unlearn_lr or pace * opt.lr)
+    if opt.forget_window:
+        return dict(how, window=list(map(float, opt.forget_window.split(","))))
+    sde = make_sde(opt.sde)
+    return dict(how, window=[float(sde.time(torch.tensor(s, dtype=torch.float64))) if s > 0 else 0. for s in sigmas])
 
 
 def make_sde(name):
@@ -1289,7 +1348,10 @@ def read_checkpoint(path):
 
 
 def load_model(path, device="cpu"):
-    """A finished <method>.pt -> (network with its averaged weights, sde); make_score(*load_model(path)) is its score."""
+    """A finished <method>.pt -> (network with its averaged weights, sde); make_score(*load_model(path)) is its score.
+
+    The network is frozen; model.requires_grad_(True) before training it on. Raises UsageError for a damaged or foreign file.
+    """
     saved = read_checkpoint(path)
     try:
         model, sde = UNet(**saved["network"]), make_sde(saved["sde"])
@@ -1339,8 +1401,8 @@ def run(opt, interrupted=lambda: False):
     """All stages of the command; every finished stage is on disk and is not repeated. Returns the results dict."""
     asked, (opt, device, data) = opt, resolve(opt)
     out, preset, sde = pathlib.Path(opt.out), data["preset"], make_sde(opt.sde)
-    free = ("out", "data_root", "fresh", "methods", "tasks")                           # these change what is done, not its outcome
-    config = {k: v for k, v in dataclasses.asdict(opt).items() if k not in free}
+    uncompared = ("out", "data_root", "fresh", "methods", "tasks")                     # these change what is done, not its outcome
+    config = {k: v for k, v in dataclasses.asdict(opt).items() if k not in uncompared}
     config.update(network=data["network"], judge_network=list(preset["judge"]))
     if opt.fresh:
         for old in our_files():                                                        # nothing else: --out may hold files of the user's
@@ -1370,16 +1432,14 @@ def run(opt, interrupted=lambda: False):
             raise KeyboardInterrupt
 
     print(f"{data['name']}: forget {', '.join(data['classes'][c] for c in data['forget'])} of {len(data['classes'])} classes, {opt.sde} on {results['device']}; "
-          f"{opt.steps} steps of {opt.batch_size}, fine-tuning {opt.unlearn_steps}; results in {out}", file=sys.stderr)
+          f"{opt.steps} steps of {opt.batch_size}; results in {out}", file=sys.stderr)
     judge = get_judge(out, data, config, opt, device, results, stage, pause)
     tasks = opt.tasks.split(",")
-    sure, reference = opinions(judge, data["test"][~is_forgotten(data, "test")])
-    results["judge"]["floor"] = float(torch.isin(sure.argmax(1), torch.tensor(data["forget"])).float().mean())
+    probs, reference = opinions(judge, data["test"][~is_forgotten(data, "test")])
+    results["judge"]["floor"] = float(torch.isin(probs.argmax(1), torch.tensor(data["forget"])).float().mean())
     for method in opt.methods.split(","):
         entry = results["methods"].setdefault(method, {})
-        if METHODS[method][1]:
-            entry["alpha"] = METHODS[method][2] if opt.alpha is None else opt.alpha
-        model = get_model(method, out, data, opt, config, device, stage, pause)
+        model, entry["recipe"] = get_model(method, out, data, opt, config, device, stage, pause)
         score = make_score(torch.compile(model) if opt.compile else model, sde, precision=opt.precision)
         if "sample" in tasks and "unlearning_ratio" not in entry:
             images = get_samples(method, score, sde, out, data, opt, device, stage, pause)
@@ -1414,7 +1474,8 @@ def describe(device):
         return torch.cuda.get_device_name(device)
     model = next((line.split(":")[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
                  platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()
-    return f"{model or platform.machine()}, {torch.get_num_threads()} threads" + (", mps" if device.type == "mps" else "")
+    threads = torch.get_num_threads()
+    return f"{model or platform.machine()}, {threads} thread{'s' * (threads > 1)}" + (", mps" if device.type == "mps" else "")
 
 
 def get_judge(out, data, config, opt, device, results, stage, pause):
@@ -1441,35 +1502,37 @@ def get_judge(out, data, config, opt, device, results, stage, pause):
         stage("judge", time.time() - start)
     right = opinions(judge, data["test"])[0].argmax(1) == data["test_labels"]
     results["judge"]["test_accuracy"] = float(right.float().mean())
+    if results["judge"]["test_accuracy"] < 0.9:
+        print(f"sgu: warning: the judge names only {100 * results['judge']['test_accuracy']:.1f}% of the test images rightly, so its ratios say little", file=sys.stderr)
     return judge
 
 
 def get_model(method, out, data, opt, config, device, stage, pause):
-    """The averaged network of a method: from <method>.pt, or trained (on) now, saving every CHECKPOINT_SECONDS."""
-    path, forget_loss, sde = out / f"{method}.pt", METHODS[method][1], make_sde(opt.sde)
+    """The averaged network of a method and its recipe: from <method>.pt, or trained (on) now, saving every CHECKPOINT_SECONDS."""
+    path, forget_loss, sde, how = out / f"{method}.pt", METHODS[method][1], make_sde(opt.sde), recipe(method, opt)
     if method == "standard" and opt.pretrained:
         saved = read_checkpoint(opt.pretrained)
         if not path.exists() or path.samefile(opt.pretrained):
-            save_checkpoint(path, {**saved, "method": method, "config": config})
+            save_checkpoint(path, {**saved, "method": method, "config": config, "recipe": saved.get("recipe", how)})
+        how = saved.get("recipe", how)
     saved = read_checkpoint(path) if path.exists() else dict(format="sgu-1", method=method, config=config, network=config["network"], sde=opt.sde,
-                                                             finished=False, state=None, losses=[])
+                                                             recipe=how, finished=False, state=None, losses=[])
     check_same_run(saved.get("config", {}), config, path)
     if saved.get("method") != method or "losses" not in saved or not (saved.get("finished") or saved.get("state") or not path.exists()):
         raise UsageError(f"checkpoint {path} is not of {method}; delete it and run again")
+    check_same_run(saved.get("recipe", {}), how, path)
     if saved["finished"]:
-        return load_model(path, device)[0]
+        return load_model(path, device)[0], how
     forgotten = is_forgotten(data, "train")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(opt.seed)
         model = UNet(**config["network"]).to(device)
-    tune = method == "finetune" or forget_loss is not None and opt.training == "finetune"
-    if tune:                                                                            # also before going on: salun and fisher look at Standard
+    if fine_tuned(method, opt):                                                         # also before going on: salun and fisher look at Standard
         model.load_state_dict(load_model(out / "standard.pt")[0].state_dict())
     ema = copy.deepcopy(model).requires_grad_(False)
-    keep = (data["train"] if method == "standard" else data["train"][~forgotten]).to(device)
+    keep = (data["train"] if METHODS[method][0] == "D" else data["train"][~forgotten]).to(device)
     forget = data["train"][forgotten].to(device) if forget_loss else None
-    alpha = METHODS[method][2] if opt.alpha is None else opt.alpha
-    steps, lr = (opt.unlearn_steps, opt.unlearn_lr) if tune else (opt.steps, opt.lr)
+    steps = how["steps"]
     first = saved["state"]["step"] if saved["state"] else 0
     bar, start, last, info = Progress(f"train {method}", steps, first), time.time(), time.time(), None
 
@@ -1480,13 +1543,16 @@ def get_model(method, out, data, opt, config, device, stage, pause):
         stage(f"train {method}", time.time() - start)
         start = last = time.time()
 
-    edit = None
-    if method == "salun":
+    edit, forget_weighting = None, None if opt.weighting == "balanced" else opt.weighting
+    if method == "relative":                                                            # both weights alike make its optimum a guided score
+        forget_loss = functools.partial(relative_loss, reference=make_score(load_model(out / "standard.pt", device)[0], sde, precision=opt.precision))
+        forget_weighting = forget_weighting or keep_weight(sde)
+    elif method == "salun":
         edit = saliency_mask(model, sde, forget, forget_loss, seed=opt.seed, precision=opt.precision)
     elif method == "fisher":
         edit = fisher_penalty(model, sde, keep, seed=opt.seed, precision=opt.precision)
-    for info in train(model, ema, sde, keep, forget, forget_loss, alpha, steps=steps, batch_size=opt.batch_size, lr=lr, warmup=steps // 20 + 1,
-                      window=tuple(map(float, opt.forget_window.split(","))), forget_weighting=None if opt.weighting == "balanced" else opt.weighting, precision=opt.precision,
+    for info in train(model, ema, sde, keep, forget, forget_loss, how["alpha"], steps=steps, batch_size=opt.batch_size, lr=how["lr"], warmup=steps // 20 + 1,
+                      window=how["window"], forget_weighting=forget_weighting, precision=opt.precision,
                       seed=opt.seed, state=saved["state"], compile=opt.compile, forget_ratio=0.1 if method == "siss" else None, edit_gradient=edit):
         if info["step"] % 10 == 0 or info["step"] == steps:
             saved["losses"].append([info["step"], info["keep"], info["forget"]])
@@ -1499,7 +1565,7 @@ def get_model(method, out, data, opt, config, device, stage, pause):
             save(info["step"] == steps)
             raise
     save(True)
-    return ema.eval()
+    return ema.eval(), how
 
 
 def to_levels(x):
@@ -1608,7 +1674,8 @@ def make_table(results):
     """results (the content of results.json) -> Markdown: the paper's Table 2 with its row beside ours, then what it does not report."""
     config, methods = results["config"], results["methods"]
     table2 = ("standard", "orthogonal", "obtuse", "unseen")
-    order = [m for m in table2 if m in methods] + [m for m in methods if m not in table2]
+    ours = ("standard", "orthogonal", "obtuse", "relative", "unseen")
+    order = [m for m in ours if m in methods] + [m for m in methods if m not in ours]
     paper = PAPER.get((config["dataset"] if config["dataset"] in DATASETS else pathlib.Path(config["dataset"]).stem, config["sde"]), {})
     if set(paper) - {"total", "D_g", "D_f"} != set(config["forget"].split(",")):
         paper = {}                                                                      # the paper forgot something else

@@ -88,22 +88,25 @@ def nearest_forgotten(x, keep=KEEP, forget=FORGET):
 #     orthogonal    (e.z / D)^2        (e - e_g) + (R / D) C e = 0          e = (I + R C / D)^-1 e_g        turns and shrinks e
 #     elementwise   mean_i (e_i z_i)^2 (e - e_g) + R diag(C) e = 0          e = (I + R diag C)^-1 e_g       shrinks e
 #     obtuse        e.z / D            2 (e - e_g) + R e_f = 0              e = e_g - (R / 2) e_f           flees from e_f
+#     relative      e.(z - e_r) / D    2 (e - e_g) + R (e_f - e_r) = 0      e = e_g - (R / 2) (e_f - e_r)   e_r: Standard's, see below
 #     neggrad       -|e - z|^2 / D     (e - e_g) - R (e - e_f) = 0          e = (e_g - R e_f) / (1 - R)     needs R < 1
 #
 # with C = E[z z^T | x_t, forget]. Keep and forget losses are means over D pixels here as in sgu.py; with sums, R C / D becomes R C
-# and the other rows stay. NegGrad with weight mu on the forget term (R = mu p_f / p_g) is the score of (p_g - mu p_f) / (1 - mu).
+# and the other rows stay. With e_r that of D = pi_g D_g + pi_f D_f, e_f - e_r = P(g | x_t) (e_f - e_g) and R P(g | x_t) is P(f | x_t) times
+# a constant, so the relative optimum is score_g + v grad log P(g | x_t), v = w (1 - alpha) pi_g / (2 alpha pi_f): Unseen under a guidance
+# whose classifier nobody trained. NegGrad with weight mu on the forget term (R = mu p_f / p_g) is the score of (p_g - mu p_f) / (1 - mu).
 # =====================================================================================================================
 
 def exact_unlearned_score(method, alpha, sde=SDE, keep=KEEP, forget=FORGET, weighting="noise"):
-    """The function score(x, t) = -e/s that minimises Eq. 11 over all functions. method: orthogonal, elementwise, obtuse, neggrad.
+    """The function score(x, t) = -e/s that minimises Eq. 11 over all functions. method: orthogonal, elementwise, obtuse, relative, neggrad.
 
     alpha: that of Eq. 11, in (0, 1]; for neggrad instead the weight mu in [0, 1) of the negated keep loss on D_f.
     weighting: of the forget loss: 'noise', 'paper' or a function of t as in sgu.py, or '1/s^2', the forget loss in score units
     (which is what 'paper' means for orthogonal, while for obtuse 'paper' and 'noise' agree). The keep loss has weight 1: if both
-    are multiplied by one function of t, nothing changes.
+    are multiplied by one function of t, nothing changes. relative: to the exact score of DATA.
     """
-    if method not in ("orthogonal", "elementwise", "obtuse", "neggrad"):
-        raise ValueError(f"method must be orthogonal, elementwise, obtuse or neggrad, not {method!r}")
+    if method not in ("orthogonal", "elementwise", "obtuse", "relative", "neggrad"):
+        raise ValueError(f"method must be orthogonal, elementwise, obtuse, relative or neggrad, not {method!r}")
     if not (0 <= alpha < 1 if method == "neggrad" else 0 < alpha <= 1):
         raise ValueError(f"{method} needs {'mu in [0, 1)' if method == 'neggrad' else 'alpha in (0, 1]'}, not {alpha}")
     power = 2 if method in ("orthogonal", "elementwise") else 0
@@ -114,13 +117,16 @@ def exact_unlearned_score(method, alpha, sde=SDE, keep=KEEP, forget=FORGET, weig
         log_g, e_g, _ = posterior(keep, sde, x, t)
         log_f, e_f, C = posterior(forget, sde, x, t)
         weight = s ** -2 if weighting == "1/s^2" else sgu.loss_weight(sde, t, weighting, power)
-        R = (odds * weight * (log_f - log_g).exp())[:, None]                           # (B, 1)
+        largest = math.log(torch.finfo(x.dtype).max) / 2                               # inf times 0 would be nan far from D_g
+        R = (odds * weight * (log_f - log_g).clamp(max=largest).exp())[:, None]        # (B, 1)
         if method == "orthogonal":
             e = torch.linalg.solve(torch.eye(x.shape[1]).to(x) + R[:, :, None] * C / x.shape[1], e_g)
         elif method == "elementwise":
             e = e_g / (1 + R * C.diagonal(dim1=1, dim2=2))
         elif method == "obtuse":
             e = e_g - R / 2 * e_f
+        elif method == "relative":
+            e = e_g - R / 2 * (e_f - posterior(DATA, sde, x, t)[1])
         else:
             e = (e_g - R * e_f) / (1 - R)
         return -e / s[:, None]
@@ -193,7 +199,7 @@ def from_paper_unit(value, d=2):
 # =====================================================================================================================
 
 class ToyNet(nn.Module):
-    """A perceptron with the U-Net's signature: (B, 2), (B,) -> (B, 2), with noise: (B,) = log(sigma)/4."""
+    """A perceptron with the U-Net's signature: (B, 2), (B,) -> (B, 2), with level: (B,) = log(sigma)/4."""
 
     def __init__(self, width=128):
         super().__init__()
@@ -202,10 +208,10 @@ class ToyNet(nn.Module):
                                     nn.Linear(width, 2))
         nn.init.zeros_(self.layers[-1].weight), nn.init.zeros_(self.layers[-1].bias)
 
-    def forward(self, x, noise):
-        angles = noise[:, None] * self.freqs
-        h = self.layers(torch.cat([x, noise[:, None], angles.sin(), angles.cos()], 1))
-        sigma = (4 * noise[:, None]).exp()
+    def forward(self, x, level):
+        angles = level[:, None] * self.freqs
+        h = self.layers(torch.cat([x, level[:, None], angles.sin(), angles.cos()], 1))
+        sigma = (4 * level[:, None]).exp()
         return h * sigma / (1 + sigma ** 2).sqrt()  # near the data e = -s score is O(sigma): with this factor h is of the score's size
 
 
@@ -326,7 +332,7 @@ def figure1(results, training, samples):
         cloud(left, [(x_g[:n * 4 // 5], True)] + ([(x_f[:n // 5], False)] if name != "unseen" else []), "training: " + use)
         x = samples[name][:n]
         far = nearest_forgotten(x)
-        cloud(right, [(x[~far], True), (x[far], False)], f"generated: {100 * m['share']['em']['share']:.1f}% near the middle")
+        cloud(right, [(x[~far], True), (x[far], False)], f"generated: {100 * m['share']['em']['share']:.1f}% in the middle")
         left.text(0, 1.14, f"({'abcde'[i]}) {m['title']}", transform=left.transAxes, fontsize=11, fontweight="bold")
 
     ax = figure.add_subplot(grid[2, 3:])

@@ -25,7 +25,8 @@ def filled_readme():
         value = json.loads((here / "results" / f"{match[1]}.json").read_text())
         for key in match[2].split("."):
             value = value[key]
-        return f"<!-- number: {match[1]} {match[2]} {match[3]} -->{format(value, match[3])}<!-- end -->"
+        text = f"{value / 60:.1f} min" if match[3] == "min" else format(value, match[3])
+        return f"<!-- number: {match[1]} {match[2]} {match[3]} -->{text}<!-- end -->"
 
     text = (here.parent / "README.md").read_text()
     text = re.sub(r"<!-- results: (\S+) -->.*?<!-- end -->", block, text, flags=re.S)

@@ -8,9 +8,11 @@ KEEP, FORGET, GREY = "#0072B2", "#E69F00", "0.6"               # data to keep, d
 
 #        name in results files: (title, colour, marker)
 METHODS = dict(standard=("Standard", "#000000", "o"), unseen=("Unseen", "#009E73", "s"), orthogonal=("SGU-Orthogonal", "#0072B2", "^"),
-               obtuse=("SGU-Obtuse", "#D55E00", "v"), obtuse_score=("SGU-Obtuse, score units", "#CC79A7", "D"), elementwise=("Elementwise", "#56B4E9", "<"),
-               finetune=("Fine-tuning", "#999999", "P"), negative=("NegGrad+", "#E69F00", ">"), siss=("SISS", "#F0E442", "p"),
-               erasediff=("EraseDiff", "#882255", "X"), salun=("SalUn mask", "#44AA99", "d"), fisher=("Fisher penalty", "#AA4499", "h"))
+               obtuse=("SGU-Obtuse", "#D55E00", "v"), relative=("SGU-Relative", "#332288", "*"),
+               obtuse_score=("SGU-Obtuse, score units", "#CC79A7", "D"), elementwise=("Elementwise", "#56B4E9", "<"),
+               finetune=("Fine-tuning", "#999999", "P"), neggrad=("NegGrad+", "#E69F00", ">"), siss=("SISS", "#F0E442", "p"),
+               erasediff=("EraseDiff", "#882255", "X"), erasediff_zero=("EraseDiff, mean 0", "#661100", "x"),
+               salun=("SalUn mask", "#44AA99", "d"), fisher=("Fisher penalty", "#AA4499", "h"))
 TITLE, COLOUR, MARKER = ({name: look[i] for name, look in METHODS.items()} for i in range(3))
 
 plt.rcParams.update({

@@ -17,7 +17,7 @@ from test_sgu import F64, SDES, seeded
 #
 # How fast a flow $v(x)$ spreads points out is its divergence, the trace of its Jacobian:
 #
-# $$\mathrm{div} v = \sum_{i=1}^{D} \frac{\partial v_i}{\partial x_i}.$$
+# $$\mathrm{div}\thinspace v = \sum_{i=1}^{D} \frac{\partial v_i}{\partial x_i}.$$
 #
 # Compute it exactly, for every point of a batch, by $D$ calls of `torch.autograd.grad`. The batch trick: point $b$ of the output depends on point $b$ of the
 # input alone, so the gradient of $\sum_b v_{bi}$ holds the row $i$ of every point's Jacobian.
@@ -43,7 +43,7 @@ test_sgu.check_divergence(divergence)
 #
 # For images $D$ gradients are too many. Hutchinson's trick needs one: for random signs $r$ with independent entries $\pm 1$,
 #
-# $$\mathrm{div} v = E\left[ r^T J r \right], \qquad J_{ij} = \frac{\partial v_i}{\partial x_j}.$$
+# $$\mathrm{div}\thinspace v = E\left[ r^T J r \right], \qquad J_{ij} = \frac{\partial v_i}{\partial x_j}.$$
 #
 # Write $r^T J r$ with a *single* call of `torch.autograd.grad`. **Marked by** `check_hutchinson_probe`: each value, and the mean over all eight sign vectors.
 

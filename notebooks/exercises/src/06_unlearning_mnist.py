@@ -74,7 +74,8 @@ test_sgu.check_prediction(guess_6_1, agreement(standard, forget, 10), 0.2, "in s
 # **Marked by** `check_ema`: the average after four steps, from the weights that the network had; and by your line number.
 
 # %% student 6.2 bug: the EMA remembers
-def finetune(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, steps, batch_size=64, lr=1e-3, warmup=1, ema_decay=0.9999, seed=0):   # line 1
+def finetune(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0,                                       # line 1
+             *, steps, batch_size=64, lr=1e-3, warmup=1, ema_decay=0.9999, seed=0):
     score, g = sgu.make_score(model, sde), torch.Generator().manual_seed(seed)                                     # line 2
     optimiser = torch.optim.Adam(model.parameters(), lr=lr)                                                         # line 3
     ema.load_state_dict(model.state_dict())                                                                         # line 4
@@ -93,7 +94,8 @@ def finetune(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *,
 line_6_2 = 0
 
 # %% solution 6.2
-def finetune(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, steps, batch_size=64, lr=1e-3, warmup=1, ema_decay=0.9999, seed=0):   # line 1
+def finetune(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0,                                       # line 1
+             *, steps, batch_size=64, lr=1e-3, warmup=1, ema_decay=0.9999, seed=0):
     score, g = sgu.make_score(model, sde), torch.Generator().manual_seed(seed)                                     # line 2
     optimiser = torch.optim.Adam(model.parameters(), lr=lr)                                                         # line 3
     ema.load_state_dict(model.state_dict())                                                                         # line 4

@@ -60,7 +60,7 @@ test_sgu.check_prediction(guess_8_2, sgu.wilson(0, 20)[1], 0.05, "to be sure of 
 # Give the number of the wrong line, and mend it.
 # **Marked by** `check_report`: clear digits, forgotten digits and noise, mixed; and by your line number.
 
-# %% student 8.3 bug: your judge counts noise as forgotten
+# %% student 8.3 bug: your judge counts noise as kept
 def report(probs, forget):                                                       # line 1
     """probs: (N, K), forget: a list of class numbers -> dict(ratio, unsure, kept)."""
     label, sure = probs.argmax(1), probs.amax(1) >= 0.5                          # line 3
@@ -90,7 +90,7 @@ test_sgu.check_line(line_8_3, "8.3")
 # ## Question 8.4 (2 points, 10 minutes): predict, then run
 #
 # A judge is right on 98% of the real images of each of ten digits; when it errs, all other digits are equally likely. A perfectly unlearned model draws eight digits flawlessly and never a 3 or a 7.
-# Which unlearning ratio (3 and 7 together) does the judge report? Write a number. **Marked by** `check_prediction`: within 0.003, against a simulation of a million verdicts.
+# Which unlearning ratio (3 and 7 together) does the judge report? Write a number. **Marked by** `check_prediction`: within 0.0003, against a simulation of a million verdicts.
 
 # %% student 8.4
 raise NotImplementedError("question 8.4")          # delete this line and write your guess below
@@ -106,7 +106,7 @@ n, g = 1_000_000, seeded(0)
 true = torch.tensor([0, 1, 2, 4, 5, 6, 8, 9])[torch.randint(8, (n,), generator=g)]
 verdict = torch.where(torch.rand(n, generator=g) < 0.02, (true + torch.randint(1, 10, (n,), generator=g)) % 10, true)
 floor = float(torch.isin(verdict, torch.tensor([3, 7])).float().mean())
-test_sgu.check_prediction(guess_8_4, floor, 0.003, "the judge's own errors are a floor: no model can be reported below it, except by drawing easier digits")
+test_sgu.check_prediction(guess_8_4, floor, 0.0003, "the judge's own errors are a floor: no model can be reported below it, except by drawing easier digits")
 
 # %% [markdown]
 # ## Question 8.5 (3 points, 15 minutes)
@@ -114,9 +114,9 @@ test_sgu.check_prediction(guess_8_4, floor, 0.003, "the judge's own errors are a
 # Forgetting by ruining everything must show, too. Compare the features of kept samples with those of real images of $D_g$: fit a Gaussian to each set (means $m$, covariances $C$) and take the squared
 # Fréchet distance
 #
-# $$d^2 = |m_1 - m_2|^2 + \mathrm{tr} C_1 + \mathrm{tr} C_2 - 2 \mathrm{tr} \left( C_1^{1/2} C_2 C_1^{1/2} \right)^{1/2} .$$
+# $$d^2 = |m_1 - m_2|^2 + \mathrm{tr}\thinspace C_1 + \mathrm{tr}\thinspace C_2 - 2 \thinspace \mathrm{tr} \left[ \left( C_1^{1/2} C_2 C_1^{1/2} \right)^{1/2} \right] .$$
 #
-# The root of a symmetric matrix comes from `torch.linalg.eigh`. Use float64 and `torch.cov(f.T)`.
+# The root of a symmetric matrix comes from `torch.linalg.eigh`; rounding can make its smallest eigenvalues negative: clamp them to 0. Use float64 and `torch.cov(f.T)`.
 # **Marked by** `check_frechet`: shifted, stretched and rotated clouds, whose distances have closed forms.
 
 # %% student 8.5
@@ -142,7 +142,7 @@ test_sgu.check_frechet(frechet)
 # ## Question 8.6 (2 points, 10 minutes): predict, then run
 #
 # Two Gaussians are kept and one between them, overlapping them, is to be forgotten; the toy example of the paper. Its Table 1 reports, for the unlearned model, an NLL of 10.64 on $D_g$ and of 39.01 on $D_f$
-# (bits per dimension + 8). For *any* probability density $q$ and any $\mu$ with $p_g - \mu p_f \ge 0$, Gibbs' inequality gives
+# (bits per dimension + 8). For *any* probability density $q$ and any $\mu$ with $p_g - \mu p_f \ge 0$, Gibbs' inequality gives, with the entropy $H$,
 #
 # $$E_g[-\log q] \ge \mu E_f[-\log q] + (1 - \mu) H\left( \frac{p_g - \mu p_f}{1 - \mu} \right).$$
 #
@@ -168,11 +168,11 @@ limit = toy_gmm.paper_unit(toy_gmm.limit(toy_gmm.from_paper_unit(39.01)))
 test_sgu.check_prediction(choice_8_6, "c" if limit > 10.69 else "b" if limit > 10.59 else "a", None, f"the least NLL of D_g that a density can have is {limit:.2f}, not 10.64")
 
 # %% look
-# Three judges' reports on three models: one that forgot, one that did nothing, one that draws only noise.
+# One judge's reports on three models: one that forgot, one that did nothing, one that draws only noise.
 g = seeded(3)
 def verdicts(classes, sharpness):
     return (sharpness * torch.nn.functional.one_hot(classes, 10) + torch.randn(len(classes), 10, generator=g)).softmax(1)
 kept = torch.tensor([0, 1, 2, 4, 5, 6, 8, 9])
 for name, probs in (("forgot 3 and 7", verdicts(kept[torch.randint(8, (1000,), generator=g)], 8.)), ("as before", verdicts(torch.randint(10, (1000,), generator=g), 8.)),
                     ("noise", verdicts(torch.randint(10, (1000,), generator=g), 0.))):
-    print(f"{name:<16}", {k: round(v, 3) for k, v in report(probs, [3, 7]).items()}, "interval", [round(v, 3) for v in wilson(int(1000 * report(probs, [3, 7])["ratio"]), 1000)])
+    print(f"{name:<16}", {k: round(v, 3) for k, v in report(probs, [3, 7]).items()}, "interval", [round(v, 3) for v in wilson(round(1000 * report(probs, [3, 7])["ratio"]), 1000)])
