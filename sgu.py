@@ -39,7 +39,7 @@ def expand(v, x):
 # =====================================================================================================================
 
 class VE:
-    """Variance exploding: a = 1, s = sigma_min (sigma_max/sigma_min)^t, so log s is uniform when t is."""
+    """Variance exploding: a = 1, s = sigma_min (sigma_max/sigma_min)^t, so log s is uniform when t is. Defaults: the paper's."""
     t_min = 0.0                                    # the smallest t that training and samplers visit (s = sigma_min there)
 
     def __init__(self, sigma_min=0.01, sigma_max=50.):
@@ -71,7 +71,7 @@ class VE:
 
 
 class VP:
-    """Variance preserving: f = -beta(t) x / 2, g = sqrt(beta), beta(t) = beta_min + t (beta_max - beta_min); s^2 = 1 - a^2."""
+    """Variance preserving: f = -beta(t) x / 2, g = sqrt(beta), beta(t) = beta_min + t (beta_max - beta_min), s^2 = 1 - a^2 (Song et al. 2021)."""
     t_min = 1e-4                                   # s(0) = 0, and a score -z/s has no meaning there
 
     def __init__(self, beta_min=0.1, beta_max=20.):
@@ -111,7 +111,7 @@ class VP:
 
 
 class DDPM(VP):
-    """The discrete chain x_k = sqrt(1 - beta_k) x_{k-1} + sqrt(beta_k) z, k = 1..n_steps, at t = k / n_steps (Appendix B).
+    """The discrete chain x_k = sqrt(1 - beta_k) x_{k-1} + sqrt(beta_k) z, k = 1..n_steps, at t = k / n_steps (Appendix B; Ho et al. 2020).
 
     At those times marginal() is the chain's own, a^2 = prod_{j<=k} (1 - beta_j). Between them log a is interpolated linearly,
     which makes DDPM a VP process with piecewise constant beta: every sampler and the likelihood of this file accept it.
@@ -378,7 +378,7 @@ def sgu_loss(score, sde, x_g, x_f, alpha, forget_loss=orthogonal_loss, weighting
 # =====================================================================================================================
 
 def time_grid(sde, steps, t_max=1.0, rho=7):
-    """steps + 1 times from t_max down to sde.t_min, float64 on the CPU."""
+    """steps + 1 times from t_max down to sde.t_min, float64 on the CPU. rho = 7: Karras et al. 2022."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     ends = torch.tensor([t_max, sde.t_min], dtype=torch.float64)
@@ -433,7 +433,7 @@ def euler_maruyama(score, sde, shape, steps=200, generator=None, device=None):
 
 @torch.no_grad()
 def predictor_corrector(score, sde, shape, steps=100, snr=0.16, corrector_steps=1, generator=None, device=None):
-    """Euler-Maruyama, each step followed by Langevin corrections (Song et al. 2021). steps*(1 + corrector_steps) + 1 evaluations."""
+    """Euler-Maruyama, each step followed by Langevin corrections (Song et al. 2021, whose snr is 0.16). steps*(1 + corrector_steps) + 1 evaluations."""
     x = sde.prior_sample(shape, generator, device)
     grid = time_grid(sde, steps)
     for t, t_next in zip(grid, grid[1:]):
@@ -695,7 +695,7 @@ def forget_weight(sde, data_std=0.5):
 
 
 def saliency_mask(model, sde, forget, forget_loss, *, batches=10, batch_size=64, train_share=0.5, seed=0, precision="float32"):
-    """Rival SalUn (Fan et al. 2024): an edit_gradient that trains only the weights with the largest |sum of forget gradients|."""
+    """Rival SalUn (Fan et al. 2024): an edit_gradient that trains only half of the weights: largest |sum of forget gradients|."""
     score, g = make_score(model, sde, precision=precision), torch.Generator(forget.device).manual_seed(seed)
     model.zero_grad(set_to_none=True)
     for _ in range(batches):
@@ -759,7 +759,7 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, st
     device = keep.device
     score = make_score(torch.compile(model) if compile else model, sde, data_std, precision)
     weighting, forget_weighting = weighting or keep_weight(sde, data_std), forget_weighting or forget_weight(sde, data_std)
-    optimiser = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))
+    optimiser = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))             # 0.999 is slow for a run this short
     # Two streams of random numbers: with alpha = 1 the keep stream, hence the result, is that of plain training, bit for bit.
     streams = [torch.Generator(device).manual_seed(2 * seed + i) for i in (0, 1)]
     done = 0
