@@ -790,6 +790,13 @@ def check_likelihood(log_likelihood=sgu.log_likelihood, sde=SDES["VP"], prior_mi
         "D log(a_1/a_0) is missing: y = x/a stretches the space": want - 2 * math.log(a)})
     off = (got - want).abs().mean()
     assert off <= prior_mismatch, f"log-likelihood: mean absolute error {off:.4f} nats, allowed {prior_mismatch}"
+    if type(sde) is sgu.VP:                                                            # a schedule that starts in the midst of the noise, where a is not 1
+        class Late(sgu.VP):
+            t_min = 0.2
+        late = Late(sde.beta_min, sde.beta_max)
+        x, got = toy_likelihood(log_likelihood, late, steps)
+        off = (got - TOY.log_prob(x, *(float(v) for v in late.marginal(torch.tensor(0.2, dtype=F64))))).abs().mean()
+        assert off <= prior_mismatch, f"log p at t_min = 0.2: mean absolute error {off:.4f} nats: start at y = x / a(t_min), and end with D log(a(1)/a(t_min))"
 
 
 def bent_field(x):
