@@ -1239,6 +1239,10 @@ def check_sample_times(sample_times=sgu.sample_times, sde=SDES["VE"], n=4000):
 
 def test_alpha_one_is_plain_training():
     check_alpha_one()
+    plain, siss = run_training(sgu.train), run_training(sgu.train, forget=tiny_data(1), alpha=1., forget_ratio=0.1)
+    assert same_weights(plain[0], siss[0]), "there is no forget gradient to rescale at alpha = 1"
+    with pytest.raises(ValueError, match="forget_loss"):
+        run_training(sgu.train, forget=tiny_data(1), forget_loss=None, alpha=0.5)
 
 
 def test_training_mixes_losses():
