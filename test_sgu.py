@@ -169,9 +169,10 @@ def check_vp_marginal(marginal=SDES["VP"].marginal):
     want = torch.tensor([0., -1.26875, -5.025], dtype=F64).exp()
     expect(a, want, "a of VP at t = 0, 1/2, 1", 1e-9, {
         "this is a^2: a is exp(-1/2 int beta), the 1/2 is missing": want ** 2,
-        "a is the square root of what you returned": want.sqrt()})
+        "a is the square of what you returned: exp(-1/2 int beta), not exp(-1/4 int beta)": want.sqrt(),
+        "int_0^t r dr is t^2/2: log a(t) = -t^2 (beta_1 - beta_0)/4 - t beta_0/2": torch.tensor([0., -2.5125, -10.], dtype=F64).exp()})
     expect(s, (1 - want ** 2).sqrt(), "s of VP", 1e-9, {"you returned s^2": 1 - want ** 2,
-            "a^2 + s^2 = 1, not a + s = 1": 1 - want})
+            "a^2 + s^2 = 1, not a + s = 1": 1 - want, "s^2 = 1 - a^2: expm1 needs 2 log a": (1 - want).sqrt()})
     t32 = torch.tensor([1e-4, 1e-3])
     expect(marginal(t32)[1] / marginal(t32.to(F64))[1], [1., 1.], "s in float32 over s in float64 at small t: use expm1", 2e-6)
 
@@ -415,7 +416,7 @@ def check_agreement(agreement, sde=SDES["VE"]):
     assert torch.as_tensor(got).numel() == 3, f"one number per image, (B,): yours has the shape {tuple(torch.as_tensor(got).shape)}"
     expect(got, d, "e.z / D of three images", 1e-6, {
         "the sign of e is flipped: e = -s score": -d, "you summed over the pixels: divide by D": 8 * d,
-        "this is score.z / D: e = -s score": -d / s, "this is score.u / D: multiply by s^2": d / s ** 2})
+        "this is score.z / D: e = -s score": -d / s, "s is missing: e = -s score": d / s, "this is score.u / D: multiply by s^2": d / s ** 2})
 
 
 def check_orthogonal(orthogonal_loss=sgu.orthogonal_loss, sde=SDES["VE"]):
@@ -451,7 +452,9 @@ def check_obtuse_sign(obtuse_loss=sgu.obtuse_loss, sde=SDES["VE"]):
     d, s2, flat = inner(e, z), sde.marginal(t)[1] ** 2, lambda v: v.flatten(1).norm(dim=1)
     toward = z.square().mean()
     expect(value(z), toward, "obtuse loss of the score that points at the forgotten image", 1e-6, {
-        "your sign is flipped: the score turns toward the forgotten data": -toward})
+        "your sign is flipped: the score turns toward the forgotten data": -toward,
+        "this is score.u / D: lambda(t) = s^2 is missing": (z.square().flatten(1).mean(1) / s2).mean(),
+        "you used s where s^2 belongs": (z.square().flatten(1).mean(1) / s2.sqrt()).mean()})
     expect(value(e), d.mean(), "obtuse loss", 1e-6, {
         "your sign is flipped: the score turns toward the forgotten data": -d.mean(),
         "you summed over the pixels: divide by D": 8 * d.mean(),
@@ -1331,7 +1334,8 @@ def check_wilson(wilson=sgu.wilson):
         assert max(abs(lo - wald[0]), abs(hi - wald[1])) > 1e-6, \
             f"{k} of {n}: this is p ± 1.96 sqrt(p (1 - p)/n) with p = k/n, which is {wald}: no interval at all for k = 0"
         assert lo <= hi, f"{k} of {n}: give [lo, hi], the smaller end first"
-        assert hi <= 1 + 1e-9 and lo >= -1e-9, f"{k} of {n}: [{lo:.4g}, {hi:.4g}]: fractions in [0, 1], not percent"
+        assert hi <= 1 + 1e-9 and lo >= -1e-9, \
+            f"{k} of {n}: [{lo:.4g}, {hi:.4g}] leaves [0, 1]: " + ("fractions, not percent" if hi > 1.5 else "compare each term with the formula")
         for p, end in zip((lo, hi), want):
             if end is not None:
                 expect(p, end, f"end of the interval of {k} of {n}", 1e-5)

@@ -34,7 +34,7 @@ for row, name in zip(axes, ("VE", "VP")):
 #
 # $$a(t) = 1, \qquad s(t) = s_{\min} \left( \frac{s_{\max}}{s_{\min}} \right)^{t}.$$
 #
-# Write it for a whole batch of times. **Marked by** `check_ve_marginal`: your $a$ and $s$ at $t = 0, 1/2, 1$.
+# In the code $s_{\min}$ and $s_{\max}$ are `sigma_min` and `sigma_max`. Write it for a whole batch of times. **Marked by** `check_ve_marginal`: your $a$ and $s$ at $t = 0, 1/2, 1$.
 
 # %% student 1.1
 def ve_marginal(t, sigma_min=0.01, sigma_max=20.):
@@ -83,7 +83,7 @@ test_sgu.check_vp_marginal(vp_marginal)
 #
 # $$\frac{da}{dt} = \frac{f}{x} a, \qquad \frac{d(s^2)}{dt} = 2 \frac{f}{x} s^2 + g^2.$$
 #
-# Find $f$ and $g$ of the variance preserving schedule from these two lines. **Marked by** `check_schedule`: both equations, by finite differences.
+# Find $f$ and $g$ of the variance preserving schedule ($\beta_0 = 0.1$, $\beta_1 = 20$) from these two lines; `t[:, None]` multiplies `x`. **Marked by** `check_schedule`: both equations, by finite differences.
 
 # %% student 1.3
 def vp_drift(x, t):

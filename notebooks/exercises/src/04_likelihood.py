@@ -45,7 +45,7 @@ test_sgu.check_divergence(divergence)
 #
 # $$\mathrm{div}\thinspace v = E\left[ r^T J r \right], \qquad J_{ij} = \frac{\partial v_i}{\partial x_j}.$$
 #
-# Write $r^T J r$ with a *single* call of `torch.autograd.grad`. **Marked by** `check_hutchinson_probe`: each value, and the mean over all eight sign vectors.
+# Write $r^T J r$ with a single call of `torch.autograd.grad` (D calls give the same value and cost D times as much). **Marked by** `check_hutchinson_probe`: each value, and the mean over all eight sign vectors.
 
 # %% student 4.2
 def hutchinson(field, x, r):

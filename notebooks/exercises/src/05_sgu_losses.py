@@ -42,7 +42,7 @@ test_sgu.check_agreement(agreement, SDES["VP"])
 # %% [markdown]
 # ## Question 5.2 (3 points, 10 minutes): find the bug
 #
-# SGU-Obtuse (Eq. 10) wants the angle between the score and $u$ to be larger than 90 degrees. A classmate wrote this, in terms of scores rather than noises,
+# SGU-Obtuse (Eq. 10) wants the angle between the score and $u = -z/s$ to be larger than 90 degrees. A classmate wrote this, in terms of scores rather than noises,
 # and wonders why the model now draws *more* of the forgotten class. Give the number of the wrong line, and mend it.
 #
 # $$L_{\mathrm{obtuse}} = \frac{1}{B} \sum_b s_b^2 \frac{\mathrm{score}_b \cdot u_b}{D}$$
