@@ -553,6 +553,16 @@ def levels_of(x):
     return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 
+def to_levels(x):
+    """Generated images, clamped to [-1, 1] -> uint8 on the CPU."""
+    return levels_of(x.clamp(-1, 1)).cpu()
+
+
+def from_levels(x):
+    """uint8 -> the middle of each level's cell in [-1, 1]."""
+    return (x + 0.5) / 128 - 1
+
+
 def bits_per_dim(score, sde, x, steps=16, probes=1, exact=False, generator=None):
     """Negative log-likelihood of 8-bit images in bits/dim. x: (B, C, H, W) in [-1, 1] -> (B,).
 
@@ -576,7 +586,7 @@ def variational_bound(score, sde, x, terms=100, generator=None):
     terms: how many of the N - 1 middle terms are evaluated, evenly spread with a random offset (an unbiased estimate of the sum).
     """
     levels = levels_of(x)
-    x0, n, d = (levels + 0.5) / 128 - 1, sde.n_steps, x[0].numel()
+    x0, n, d = from_levels(levels), sde.n_steps, x[0].numel()
     a, s = sde.marginal(torch.ones(1, dtype=torch.float64))
     prior = 0.5 * (float(a) ** 2 * wide(x0).square().flatten(1).sum(1) + d * float(s ** 2 - 1 - (s ** 2).log()))
     terms = min(terms, n - 1)
@@ -1512,9 +1522,9 @@ def get_model(method, out, data, opt, config, device, stage, pause):
     path, forget_loss, sde, how = out / f"{method}.pt", METHODS[method][1], make_sde(opt.sde), recipe(method, opt)
     if method == "standard" and opt.pretrained:
         saved = read_checkpoint(opt.pretrained)
-        if not path.exists() or path.samefile(opt.pretrained):
-            save_checkpoint(path, {**saved, "method": method, "config": config, "recipe": saved.get("recipe", how)})
         how = saved.get("recipe", how)
+        if not path.exists() or path.samefile(opt.pretrained):
+            save_checkpoint(path, {**saved, "method": method, "config": config, "recipe": how})
     saved = read_checkpoint(path) if path.exists() else dict(format="sgu-1", method=method, config=config, network=config["network"], sde=opt.sde,
                                                              recipe=how, finished=False, state=None, losses=[])
     check_same_run(saved.get("config", {}), config, path)
@@ -1527,7 +1537,7 @@ def get_model(method, out, data, opt, config, device, stage, pause):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(opt.seed)
         model = UNet(**config["network"]).to(device)
-    if fine_tuned(method, opt):                                                         # also before going on: salun and fisher look at Standard
+    if fine_tuned(method, opt):                                                         # also before going on: relative, salun and fisher look at Standard
         model.load_state_dict(load_model(out / "standard.pt")[0].state_dict())
     ema = copy.deepcopy(model).requires_grad_(False)
     keep = (data["train"] if METHODS[method][0] == "D" else data["train"][~forgotten]).to(device)
@@ -1545,7 +1555,7 @@ def get_model(method, out, data, opt, config, device, stage, pause):
 
     edit, forget_weighting = None, None if opt.weighting == "balanced" else opt.weighting
     if method == "relative":                                                            # both weights alike make its optimum a guided score
-        forget_loss = functools.partial(relative_loss, reference=make_score(load_model(out / "standard.pt", device)[0], sde, precision=opt.precision))
+        forget_loss = functools.partial(relative_loss, reference=make_score(copy.deepcopy(ema), sde, precision=opt.precision))
         forget_weighting = forget_weighting or keep_weight(sde)
     elif method == "salun":
         edit = saliency_mask(model, sde, forget, forget_loss, seed=opt.seed, precision=opt.precision)
@@ -1566,16 +1576,6 @@ def get_model(method, out, data, opt, config, device, stage, pause):
             raise
     save(True)
     return ema.eval(), how
-
-
-def to_levels(x):
-    """Images in [-1, 1] -> uint8 on the CPU, the inverse of dequantise."""
-    return ((x.clamp(-1, 1) + 1) * 128).floor().clamp(0, 255).to(torch.uint8).cpu()
-
-
-def from_levels(x):
-    """uint8 -> the middle of each level's cell in [-1, 1]."""
-    return (x + 0.5) / 128 - 1
 
 
 def read_arrays(path, *needed):
