@@ -704,13 +704,13 @@ def forget_weight(sde, data_std=0.5):
     return lambda t: keep_weight(sde, data_std)(t).sqrt()
 
 
-def saliency_mask(model, sde, forget, forget_loss, *, batches=10, batch_size=64, train_share=0.5, seed=0, precision="float32"):
+def saliency_mask(model, sde, forget, forget_loss, *, batches=10, batch_size=64, train_share=0.5, seed=0, precision="float32", data_std=0.5):
     """Rival SalUn (Fan et al. 2024): an edit_gradient that trains only half of the weights: largest |sum of forget gradients|."""
-    score, g = make_score(model, sde, precision=precision), torch.Generator(forget.device).manual_seed(seed)
+    score, g = make_score(model, sde, data_std, precision), torch.Generator(forget.device).manual_seed(seed)
     model.zero_grad(set_to_none=True)
     for _ in range(batches):
         t = sample_times(sde, batch_size, g, forget.device)
-        forget_loss(score, sde, draw(forget, batch_size, g), t=t, weighting=forget_weight(sde), generator=g).backward()
+        forget_loss(score, sde, draw(forget, batch_size, g), t=t, weighting=forget_weight(sde, data_std), generator=g).backward()
     saliency = torch.cat([p.grad.abs().flatten() for p in model.parameters()])
     threshold = saliency.kthvalue(max(1, round((1 - train_share) * len(saliency)))).values
     masks = [p.grad.abs() > threshold for p in model.parameters()]
@@ -722,17 +722,17 @@ def saliency_mask(model, sde, forget, forget_loss, *, batches=10, batch_size=64,
     return edit
 
 
-def fisher_penalty(model, sde, keep, *, strength=100.0, batches=50, batch_size=8, seed=0, precision="float32"):
+def fisher_penalty(model, sde, keep, *, strength=100.0, batches=50, batch_size=8, seed=0, precision="float32", data_std=0.5):
     """Rival elastic weights (Kirkpatrick et al. 2017): an edit_gradient that adds that of strength sum_i F_i (theta_i - theta0_i)^2.
 
     F is the diagonal Fisher information of the keep loss at theta0, estimated as the mean squared gradient of small batches.
     """
-    score, g = make_score(model, sde, precision=precision), torch.Generator(keep.device).manual_seed(seed)
+    score, g = make_score(model, sde, data_std, precision), torch.Generator(keep.device).manual_seed(seed)
     start, fisher = [p.detach().clone() for p in model.parameters()], [torch.zeros_like(p) for p in model.parameters()]
     for _ in range(batches):
         model.zero_grad(set_to_none=True)
         t = sample_times(sde, batch_size, g, keep.device)
-        score_matching_loss(score, sde, draw(keep, batch_size, g), t=t, weighting=keep_weight(sde), generator=g).backward()
+        score_matching_loss(score, sde, draw(keep, batch_size, g), t=t, weighting=keep_weight(sde, data_std), generator=g).backward()
         for f, p in zip(fisher, model.parameters()):
             f.add_(p.grad.square(), alpha=1 / batches)
     model.zero_grad(set_to_none=True)
@@ -1178,9 +1178,9 @@ PRESETS = {
     ("glyphs", "cpu"): dict(channels=(16, 32), patch=2, blocks=1, steps=1150, batch_size=64, lr=8e-3, samples=400, likelihood_samples=20, judge=(8, 3)),
     (28, "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=5000, batch_size=64, lr=5e-3, samples=2000, likelihood_samples=100, judge=(8, 5)),
     (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, likelihood_samples=1000, judge=(32, 8)),
-    (32, "cpu"): dict(channels=(64, 128), patch=2, blocks=1, steps=6000, batch_size=128, lr=1e-3, samples=1000, likelihood_samples=64, judge=(32, 10)),
+    (32, "cpu"): dict(channels=(48, 96), patch=2, blocks=1, steps=3000, batch_size=64, lr=3e-3, samples=1000, likelihood_samples=64, judge=(16, 10)),
     (32, "gpu"): dict(channels=(128, 256, 256), patch=1, blocks=2, steps=60000, batch_size=256, lr=5e-4, samples=10000, likelihood_samples=1000, judge=(64, 24)),
-    (64, "cpu"): dict(channels=(48, 96, 192), patch=2, blocks=1, steps=6000, batch_size=64, lr=1e-3, samples=500, likelihood_samples=32, judge=(32, 10)),
+    (64, "cpu"): dict(channels=(48, 96, 192), patch=4, blocks=1, steps=3000, batch_size=64, lr=2e-3, samples=500, likelihood_samples=32, judge=(16, 10)),
     (64, "gpu"): dict(channels=(128, 256, 256, 256), patch=2, blocks=2, steps=60000, batch_size=128, lr=5e-4, samples=10000, likelihood_samples=1000, judge=(64, 30)),
 }
 

@@ -1320,6 +1320,99 @@ def test_training_learns_a_gaussian():
     assert (ratio - 1).abs().mean() < 0.05, f"learned score over exact score: {ratio[:, 0, 0, 0].tolist()}"
 
 
+class Affine(nn.Module):
+    """A network of three numbers, F = w x + v level + b: its loss can be differentiated by hand or by differences."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.v, self.b = (nn.Parameter(torch.tensor(value, dtype=F64)) for value in (0.3, -0.2, 0.1))
+
+    def forward(self, x, level):
+        return self.w * x + self.v * sgu.expand(level, x) + self.b
+
+
+def gradients_by_differences(model, sde, data, loss, weight, data_std, batches, batch_size, seed, h=0.5):
+    """(batches, 3): the gradient of every batch's loss for an Affine, by central differences (exact for a quadratic), batches drawn as sgu draws them."""
+    values = []
+    for sign in (1, -1):
+        for p in model.parameters():
+            with torch.no_grad():
+                p += sign * h
+            g = seeded(seed)
+            with torch.no_grad():
+                for _ in range(batches):
+                    t = sgu.sample_times(sde, batch_size, g)
+                    x = sgu.draw(data, batch_size, g)
+                    values.append(float(loss(sgu.make_score(model, sde, data_std), sde, x, t=t.to(F64), weighting=weight(sde, data_std), generator=g)))
+                p -= sign * h
+    up, down = torch.tensor(values, dtype=F64).view(2, 3, batches)
+    return ((up - down) / (2 * h)).T
+
+
+@pytest.mark.parametrize("data_std", [0.5, 2.0])
+def test_fisher_penalty(data_std, monkeypatch):
+    """What it adds is the gradient of strength sum F (theta - theta0)^2, F the mean squared gradient of small batches (by differences)."""
+    model, sde, data, (sample, draw) = Affine(), SDES["VE"], torch.randn(50, 4, generator=seeded(3), dtype=F64), (sgu.sample_times, sgu.draw)
+    monkeypatch.setattr(sgu, "sample_times", lambda *a, **k: sample(*a, **k).to(F64))
+    edit = sgu.fisher_penalty(model, sde, data, strength=7.0, batches=6, batch_size=3, seed=5, data_std=data_std)
+    fisher = gradients_by_differences(model, sde, data, sgu.score_matching_loss, sgu.keep_weight, data_std, 6, 3, 5).square().mean(0)
+    moved = torch.tensor([0.5, -0.25, 1.0], dtype=F64)
+    for p, by in zip(model.parameters(), moved):
+        p.data += by
+        p.grad = torch.tensor(0.125, dtype=F64)
+    edit(model)
+    expect(torch.stack([p.grad for p in model.parameters()]), 0.125 + 2 * 7.0 * fisher * moved, "gradient with the penalty", 1e-6,
+           {"the 2 of the square's derivative is missing": 0.125 + 7.0 * fisher * moved})
+
+
+@pytest.mark.parametrize("data_std", [0.5, 2.0])
+def test_saliency_mask(data_std, monkeypatch):
+    """A third of three weights is trained: the one with the largest summed forget gradient (by differences); the others stand still."""
+    model, sde, data, sample = Affine(), SDES["VE"], 1 + torch.randn(50, 4, generator=seeded(3), dtype=F64), sgu.sample_times
+    monkeypatch.setattr(sgu, "sample_times", lambda *a, **k: sample(*a, **k).to(F64))
+    edit = sgu.saliency_mask(model, sde, data, sgu.obtuse_loss, batches=4, batch_size=5, train_share=1 / 3, seed=2, data_std=data_std)
+    saliency = gradients_by_differences(model, sde, data, sgu.obtuse_loss, sgu.forget_weight, data_std, 4, 5, 2).sum(0).abs()
+    for p in model.parameters():
+        p.grad = torch.ones((), dtype=F64)
+    edit(model)
+    got = [float(p.grad) for p in model.parameters()]
+    assert got == [float(s == saliency.max()) for s in saliency], f"gradients {got} after the mask, saliencies {saliency.tolist()}"
+
+
+def test_energy_distance():
+    """Of N(0, 1) and N(m, 1) it is 2 (2/sqrt(pi) e^(-m^2/4) + m erf(m/2)) - 4/sqrt(pi); of two samples of one law 0 (unbiased)."""
+    sys.path.insert(0, str(HERE / "notebooks"))
+    import rivals
+    x, y = torch.randn(4000, 1, generator=seeded(0), dtype=F64), torch.randn(3000, 1, generator=seeded(1), dtype=F64)
+    for m in (0.0, 1.0, 3.0):
+        want = 2 * (2 / math.sqrt(math.pi) * math.exp(-m ** 2 / 4) + m * math.erf(m / 2)) - 4 / math.sqrt(math.pi)
+        assert abs(rivals.energy_distance(x, y + m) - want) < 0.005 + 0.03 * m, f"m = {m}: {rivals.energy_distance(x, y + m)}, not {want}"
+
+
+@pytest.mark.parametrize("name", ["rivals-toy", "rivals-mnist-3,7"])
+def test_rivals_results_add_up(name):
+    """The committed comparison: the summary is that of its runs, the chosen setting is the best of its three, everyone paid the same."""
+    import statistics
+    sys.path.insert(0, str(HERE / "notebooks"))
+    import rivals
+    results = json.loads((HERE / "notebooks/results" / f"{name}.json").read_text())
+    config, distance = results["config"], rivals.DISTANCE[results["config"]["domain"]] + "_all"
+    assert set(results["tuning"]) == set(rivals.SETTINGS) and set(results["methods"]) == {"standard", "unseen", *rivals.SETTINGS}
+    for method, entry in results["methods"].items():
+        runs = entry["runs"]
+        assert len(runs) == len(config["seeds"]) == 3
+        shares = [run["unlearning_ratio"]["total"] for run in runs]
+        assert math.isclose(entry["ratio"]["mean"], statistics.mean(shares)) and math.isclose(entry["ratio"]["sd"], statistics.stdev(shares), abs_tol=1e-12), method
+        assert math.isclose(entry["D_g"]["mean"], statistics.mean(run["nll_bits_per_dim"]["D_g"] for run in runs)), method
+        lo, hi = entry["pooled"]["ci95"]
+        assert entry["pooled"]["n"] == 3 * config["samples"] and lo <= entry["ratio"]["mean"] <= hi, method
+        if method in results["tuning"]:
+            tried = [t.get(distance, math.inf) for t in results["tuning"][method]]
+            assert len(tried) == 3 and tried[entry["setting"]] == min(tried), method
+            gradients = entry["recipe"]["steps"] * (1 if method == "finetune" else 2)
+            assert gradients == 2 * config["steps"], f"{method}: {gradients} gradients"
+
+
 # =====================================================================================================================
 # 9. The judge's numbers
 # =====================================================================================================================

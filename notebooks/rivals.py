@@ -1,0 +1,298 @@
+"""Experiments of notebooks 09 and 10 that take longer than a notebook should. Run from the repository's top folder.
+
+    python notebooks/rivals.py toy                      all methods on the three Gaussians     -> results/rivals-toy.json
+    python notebooks/rivals.py mnist --data-root data   all methods on MNIST, forget 3 and 7   -> results/rivals-mnist-3,7.json
+    python notebooks/rivals.py relearn                  how fast do 100 images bring 3 and 7 back?    -> results/relearn-mnist-3,7.json
+    python notebooks/rivals.py samplers                 the ratio by sampler and number of steps      -> results/samplers-mnist-3,7.json
+
+Every trial is a file in --out (default runs/rivals); a run that was stopped goes on. relearn needs the networks of mnist in --out.
+
+The rules of the comparison. All methods start from one Standard network and get the same number of gradients of a batch (plain
+fine-tuning, which needs no forget gradient, takes twice the steps). Each is tried in the three settings of SETTINGS with one seed, on
+the validation half of the test images; the setting whose samples come closest to the real kept data (distance of all samples: what is
+left of the forgotten classes counts, and so does damage) is run with three other seeds and measured on the other half. The distance is
+Frechet's on the judge's features; on the three Gaussians, whose mean and covariance hardly feel the middle one, the energy distance.
+"""
+import argparse, concurrent.futures, contextlib, copy, functools, io, json, math, multiprocessing, os, pathlib, platform, sys, time
+
+here = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(here.parent))
+
+import numpy as np
+import torch
+
+import sgu, toy_gmm
+
+SETTINGS = dict(            # method: three of (alpha, share of Standard's learning rate)
+    finetune=[(1.0, 0.25), (1.0, 0.5), (1.0, 1.0)],
+    orthogonal=[(0.8, 0.5), (0.6, 0.5), (0.8, 1.0)],
+    obtuse=[(0.85, 0.5), (0.75, 0.5), (0.85, 1.0)],
+    relative=[(0.55, 0.5), (0.55, 1.0), (0.4, 1.0)],
+    neggrad=[(0.97, 0.5), (0.93, 0.5), (0.97, 1.0)],
+    siss=[(0.5, 0.25), (0.5, 0.5), (0.5, 1.0)],                 # its share of the keep gradient is fixed; alpha plays no part
+    erasediff=[(0.9, 0.5), (0.8, 0.5), (0.9, 1.0)],
+    erasediff_zero=[(0.9, 0.5), (0.8, 0.5), (0.9, 1.0)],
+    salun=[(0.85, 0.5), (0.75, 0.5), (0.85, 1.0)],
+    fisher=[(0.97, 0.5), (0.93, 0.5), (0.97, 1.0)],
+)
+TUNING_SEED, SEEDS = 100, (0, 1, 2)
+SIZE = dict(mnist=dict(steps=250, batch_size=64, lr=5e-3, tuning_samples=300, samples=500, likelihood_samples=50),
+            toy=dict(steps=500, batch_size=512, lr=6e-3, tuning_samples=5000, samples=5000, likelihood_samples=1000))
+FORGET = "3,7"
+DISTANCE = dict(mnist="frechet", toy="energy")
+
+
+# ---- one trial on each domain: a method, a setting, a seed -> a dict of figures -----------------------------------------------------
+
+def steps_of(method, size):
+    """Every step of the others is two gradients, one of D_g and one of D_f."""
+    return size["steps"] * (2 if method == "finetune" else 1)
+
+
+def judge_and_halves(data):
+    """The judge that lies with the committed networks, and the test images of MNIST: (for tuning, for the final figures)."""
+    saved = sgu.read_checkpoint(here / "results/mnist_judge.pt")
+    judge = sgu.Judge(**saved["network"])
+    judge.load_state_dict(saved["model"])
+    return judge, [dict(data, test=data["test"][i::2], test_labels=data["test_labels"][i::2]) for i in (0, 1)]
+
+
+def measure_images(images, judge, data):
+    """What sgu.judged says, and frechet_all: the distance of all samples, forgotten ones among them, to real images to keep."""
+    probs, features = sgu.opinions(judge, images)
+    reference = sgu.opinions(judge, data["test"][~sgu.is_forgotten(data, "test")])[1]
+    return dict(sgu.judged(probs, features, data, reference), frechet_all=sgu.frechet(features, reference))
+
+
+def mnist_trial(method, setting, seed, final, out, data_root):
+    """Unlearn, sample, judge; likelihoods only for the final figures. standard and unseen are the committed networks as they are."""
+    size, ready = SIZE["mnist"], method in ("standard", "unseen")
+    folder = out / f"mnist-{'final' if final else 'tune'}-{method}-{setting}-{seed}"
+    alpha, pace = (None, 1.0) if ready else SETTINGS[method][setting]
+    opt, device, data = sgu.resolve(sgu.Options(
+        dataset="mnist", forget=FORGET, methods="standard" if ready else f"standard,{method}", pretrained=str(here / "results/mnist_standard.pt"), alpha=alpha,
+        unlearn_steps=steps_of(method, size), unlearn_lr=pace * size["lr"], batch_size=size["batch_size"], samples=size["samples" if final else "tuning_samples"],
+        likelihood_samples=size["likelihood_samples"], seed=seed, device="cpu", data_root=data_root, out=str(folder)))
+    judge, halves = judge_and_halves(data)
+    sde, quiet, start = sgu.make_sde(opt.sde), lambda *_: None, time.time()
+    if ready:
+        model = sgu.load_model(here / f"results/mnist_{method}.pt")[0]
+    else:
+        config = dict(seed=seed, network=data["network"])
+        for name in ("standard", method):
+            model, how = sgu.get_model(name, folder, data, opt, config, device, quiet, quiet)
+    score, trained = sgu.make_score(model, sde), time.time()
+    entry = measure_images(sgu.get_samples(method, score, sde, folder, halves[final], opt, device, quiet, quiet), judge, halves[final])
+    if final:
+        entry["nll_bits_per_dim"] = sgu.measure_likelihood(method, score, sde, folder, halves[final], opt, device, quiet, quiet)
+    return dict(entry, recipe=None if ready else how, seconds=dict(train=round(trained - start, 1), measure=round(time.time() - trained, 1)))
+
+
+def energy_distance(x, y):
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| from samples x: (n, d), y: (m, d), unbiased; 0 for equal laws (Szekely and Rizzo)."""
+    within = lambda a: float(torch.cdist(a, a).sum(dtype=torch.float64)) / (len(a) * (len(a) - 1))
+    return 2 * float(torch.cdist(x, y).mean(dtype=torch.float64)) - within(x) - within(y)
+
+
+def toy_trial(method, setting, seed, final, out, data_root):
+    """The same on the three Gaussians, where likelihoods are exact and the share of the middle mode needs no judge."""
+    size, sde, std = SIZE["toy"], toy_gmm.SDE, toy_gmm.DATA_STD
+    base = "unseen" if method == "unseen" else "standard"
+    g = torch.Generator().manual_seed(0)
+    training = toy_gmm.sample_mixture(toy_gmm.KEEP, 40000, g), toy_gmm.sample_mixture(toy_gmm.FORGET, 10000, g)
+    model = toy_gmm.ToyNet()
+    model.load_state_dict(torch.load(out / f"toy-{base}.pt", weights_only=True))
+    start, alpha, how = time.time(), 1.0, None
+    if method not in ("standard", "unseen"):
+        (alpha, pace), loss = SETTINGS[method][setting], sgu.METHODS[method][1]
+        ema, keep, forget = copy.deepcopy(model).requires_grad_(False), training[0], training[1] if loss else None
+        if method == "relative":
+            loss = functools.partial(loss, reference=sgu.make_score(copy.deepcopy(ema), sde, std))
+        edit = (sgu.saliency_mask(model, sde, forget, loss, seed=seed, data_std=std) if method == "salun" else
+                sgu.fisher_penalty(model, sde, keep, seed=seed, data_std=std) if method == "fisher" else None)
+        how = dict(alpha=alpha, steps=steps_of(method, size), lr=pace * size["lr"])
+        even = sgu.keep_weight(sde, std)                                # the same weight on both losses, as in toy_gmm.py
+        for info in sgu.train(model, ema, sde, keep, forget, loss, alpha, steps=how["steps"], lr=how["lr"], batch_size=size["batch_size"], warmup=how["steps"] // 20 + 1,
+                              ema_decay=0.99, data_std=std, forget_weighting=even, seed=seed, forget_ratio=0.1 if method == "siss" else None, edit_gradient=edit):
+            pass
+        model = ema
+    score, trained = sgu.make_score(model.requires_grad_(False), sde, std), time.time()
+    n, g = size["samples" if final else "tuning_samples"], torch.Generator().manual_seed(1000 + 2 * seed + final)
+    x = sgu.euler_maruyama(score, sde, (n, 2), steps=100, generator=g)
+    real, gone = toy_gmm.sample_mixture(toy_gmm.KEEP, 5000, g), toy_gmm.nearest_forgotten(x).bool()
+    k = int(gone.sum())
+    entry = dict(unlearning_ratio=dict(total=k / n, n=n, ci95=sgu.wilson(k, n)), energy_kept=energy_distance(x[~gone], real), energy_all=energy_distance(x, real))
+    if final:
+        nats = {key: -sgu.log_likelihood(score, sde, toy_gmm.sample_mixture(c, size["likelihood_samples"], g), steps=64, exact=True)
+                for key, c in (("D_g", toy_gmm.KEEP), ("D_f", toy_gmm.FORGET))}
+        entry["nll_bits_per_dim"] = {key: toy_gmm.bits(float(v.mean())) for key, v in nats.items()}
+    return dict(entry, recipe=how, seconds=dict(train=round(trained - start, 1), measure=round(time.time() - trained, 1)))
+
+
+# ---- all trials, several at once ----------------------------------------------------------------------------------------------------
+
+def attempt(trial, name, out, arguments):
+    """The figures of a trial, from out/<name>.json or computed now; a trial that blows up is a result too."""
+    path = out / f"{name}.json"
+    if not path.exists():
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):            # one bar for all trials is enough
+                entry = trial(*arguments)
+        except FloatingPointError as error:
+            entry = dict(error=str(error))
+        sgu.save_json(path, entry)
+    return json.loads(path.read_text())
+
+
+def attempt_all(trial, jobs, out):
+    """jobs: {name: arguments} -> {name: figures}, one process of one thread per core: small networks gain little from more threads."""
+    results, bar = {}, sgu.Progress(trial.__name__, len(jobs))
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        tasks = {pool.submit(attempt, trial, name, out, arguments): name for name, arguments in jobs.items()}
+        for task in concurrent.futures.as_completed(tasks):
+            results[tasks[task]] = entry = task.result()
+            bar(len(results))
+            share = entry.get("unlearning_ratio", {}).get("total")
+            print(f"{time.strftime('%H:%M:%S')} {tasks[task]}: " + entry.get("error", f"{100 * (share or 0):.1f}%, " + ", ".join(f"{k} {v:.4g}" for k, v in entry.items() if "all" in k)), flush=True)
+    return results
+
+
+def mean_and_spread(values):
+    """{mean, sd} over seeds (sd: of one seed, n - 1)."""
+    v = torch.tensor(values, dtype=torch.float64)
+    return dict(mean=float(v.mean()), sd=float(v.std()) if len(v) > 1 else None, values=values)
+
+
+def compare(domain, out, data_root):
+    """Tuning, then three seeds of the chosen settings; writes and returns the results."""
+    trial, begin = dict(mnist=mnist_trial, toy=toy_trial)[domain], time.time()
+    name = lambda method, i, seed, final: f"{domain}-{'final' if final else 'tune'}-{method}-{i}-{seed}"
+    job = lambda *key: (name(*key), (*key, out, data_root))
+    if domain == "toy":
+        g = torch.Generator().manual_seed(0)
+        training = toy_gmm.sample_mixture(toy_gmm.KEEP, 40000, g), toy_gmm.sample_mixture(toy_gmm.FORGET, 10000, g)
+        for base in ("standard", "unseen"):
+            if not (out / f"toy-{base}.pt").exists():
+                for info in toy_gmm.train_toy(base, *training):
+                    pass
+                sgu.replace_file(out / f"toy-{base}.pt", lambda p: torch.save(info["snapshot"]()["ema"], p))
+    tuning = attempt_all(trial, dict(job(m, i, TUNING_SEED, False) for i in range(3) for m in SETTINGS), out)
+    tuned = {m: [dict(alpha=a, lr=pace * SIZE[domain]["lr"], **tuning[name(m, i, TUNING_SEED, False)]) for i, (a, pace) in enumerate(rows)] for m, rows in SETTINGS.items()}
+    chosen = {m: min(range(3), key=lambda i: rows[i].get(DISTANCE[domain] + "_all", math.inf)) for m, rows in tuned.items()}
+    final = attempt_all(trial, dict(job(m, chosen.get(m, 0), seed, True) for seed in SEEDS for m in ("standard", *SETTINGS, "unseen")), out)
+    methods = {}
+    for m in ("standard", *SETTINGS, "unseen"):
+        runs = [final[name(m, chosen.get(m, 0), seed, True)] for seed in SEEDS]
+        methods[m] = dict(setting=chosen.get(m), recipe=runs[0].get("recipe"), runs=runs)
+        if not any("error" in run for run in runs):
+            k, n = (sum(round(run["unlearning_ratio"][key] * (run["unlearning_ratio"]["n"] if key == "total" else 1)) for run in runs) for key in ("total", "n"))
+            methods[m].update(ratio=mean_and_spread([run["unlearning_ratio"]["total"] for run in runs]), pooled=dict(n=n, ci95=sgu.wilson(k, n)),
+                              **{key: mean_and_spread([run[key] for run in runs]) for key in ("unsure", DISTANCE[domain] + "_kept", DISTANCE[domain] + "_all") if runs[0].get(key) is not None},
+                              **{key: mean_and_spread([run["nll_bits_per_dim"][key] for run in runs]) for key in ("D_g", "D_f")})
+    return dict(config=dict(domain=domain, forget=FORGET if domain == "mnist" else "middle", settings=SETTINGS, tuning_seed=TUNING_SEED, seeds=SEEDS, **SIZE[domain]),
+                tuning=tuned, methods=methods, seconds_of_this_call=round(time.time() - begin, 1))
+
+
+def make_table(results):
+    """The content of rivals-*.json -> Markdown: mean ± standard deviation over seeds."""
+    config, keys = results["config"], ["ratio", "unsure", "frechet_kept", "frechet_all", "energy_kept", "energy_all", "D_g", "D_f"]
+    titles = dict(ratio="ratio, %", unsure="unsure, %", frechet_kept="Fréchet, kept", frechet_all="Fréchet, all", energy_kept="energy, kept", energy_all="energy, all", D_g="NLL D_g", D_f="NLL D_f")
+    keys = [k for k in keys if k in results["methods"]["standard"]]
+    lines = ["| method | alpha, rate | " + " | ".join(titles[k] for k in keys) + " |", "|---|---|" + "---:|" * len(keys)]
+    for m, entry in results["methods"].items():
+        how = entry["recipe"]
+        def cell(k):
+            scale, digits = (100, 1) if k in ("ratio", "unsure") else (1, 4 if "energy" in k else 2)
+            return f"{scale * entry[k]['mean']:.{digits}f} ± {scale * entry[k]['sd']:.{digits}f}" if k in entry else "-"
+        lines.append(f"| {sgu.TITLES[m]} | {'' if how is None else format(how['lr'], '.2g') if m in ('finetune', 'siss') else str(how['alpha']) + ', ' + format(how['lr'], '.2g')} | "
+                     + " | ".join(map(cell, keys)) + " |")
+    return "\n".join(lines) + (f"\n\n{results['device']}; `{results['command']}`. Mean ± standard deviation of seeds {', '.join(map(str, config['seeds']))}; n = {config['samples']} samples and "
+                               f"{config['likelihood_samples']} + {config['likelihood_samples']} likelihoods (bits/dim) a seed; {2 * config['steps']} gradients of a batch of {config['batch_size']} each. "
+                               f"Chosen from three settings with seed {config['tuning_seed']}, n = {config['tuning_samples']}, on other images.\n")
+
+
+# ---- is it forgotten or hidden? -----------------------------------------------------------------------------------------------------
+
+RELEARN = dict(images=100, steps=(0, 5, 10, 20, 40, 80), lr=1e-3, batch_size=64, samples=100)
+
+
+def relearn_trial(method, path, out, data_root):
+    """Plain fine-tuning of a finished network on 100 forgotten images; the share of 3s and 7s after some numbers of steps."""
+    data = sgu.choose(sgu.load_data("mnist", data_root), FORGET)
+    judge, (_, half) = judge_and_halves(data)
+    model, sde = sgu.load_model(path)
+    ema, shares = copy.deepcopy(model), []
+    few = data["train"][sgu.is_forgotten(data, "train")][:RELEARN["images"]]
+
+    def look(step):
+        x = sgu.euler_maruyama(sgu.make_score(ema, sde), sde, (RELEARN["samples"], 1, 28, 28), steps=sgu.SAMPLER_STEPS["em"], generator=torch.Generator().manual_seed(7))
+        shares.append(dict(step=step, **measure_images(sgu.to_levels(x), judge, half)["unlearning_ratio"]))
+
+    look(0)
+    model.requires_grad_(True)
+    for info in sgu.train(model, ema, sde, few, steps=1000, batch_size=RELEARN["batch_size"], lr=RELEARN["lr"], warmup=1, ema_decay=0.5):
+        if info["step"] in RELEARN["steps"]:                            # the first 80 of 1,000 steps: the rate is all but constant
+            look(info["step"])
+        if info["step"] == max(RELEARN["steps"]):
+            return dict(shares=shares, unlearning_ratio=shares[-1])
+
+
+def relearn(out, data_root):
+    found = {m: next(iter(sorted(out.glob(f"mnist-final-{m}-*-0/{m}.pt"))), None) for m in SETTINGS}
+    if None in found.values():
+        raise sgu.UsageError(f"no network of {', '.join(m for m in found if found[m] is None)} in {out}: run  python notebooks/rivals.py mnist  first, with the same --out")
+    found.update(unseen=here / "results/mnist_unseen.pt", standard=here / "results/mnist_standard.pt")
+    done = attempt_all(relearn_trial, {f"relearn-{m}": (m, path, out, data_root) for m, path in found.items()}, out)
+    share = sum(label in (3, 7) for label in sgu.load_data("mnist", data_root)["train_labels"].tolist()) / 60000
+    first = lambda shares: next((s["step"] for s in shares if s["total"] >= share), None)
+    return dict(config=dict(RELEARN, forget=FORGET, share_of_data=share), methods={m: dict(shares=done[f"relearn-{m}"]["shares"], back_after=first(done[f"relearn-{m}"]["shares"])) for m in found})
+
+
+# ---- the ratio by sampler -----------------------------------------------------------------------------------------------------------
+
+SAMPLERS = [("em", 15), ("em", 30), ("em", 60), ("em", 120), ("pc", 30), ("pc", 60), ("ode", 10), ("ode", 20), ("ode", 40)]
+SAMPLER_N = 500
+
+
+def sampler_trial(method, sampler, steps, out, data_root):
+    data = sgu.choose(sgu.load_data("mnist", data_root), FORGET)
+    judge, (_, half) = judge_and_halves(data)
+    (model, sde), calls, start = sgu.load_model(here / f"results/mnist_{method}.pt"), [], time.time()
+    score = sgu.make_score(model, sde)
+
+    def counted(x, t):
+        calls.append(len(x))
+        return score(x, t)
+    draw = lambda seed: sgu.to_levels(sgu.SAMPLERS[sampler](counted, sde, (SAMPLER_N // 2, 1, 28, 28), steps=steps, generator=torch.Generator().manual_seed(seed)))
+    x = torch.cat([draw(11), draw(12)])
+    return dict(measure_images(x, judge, half), method=method, sampler=sampler, steps=steps, evaluations=len(calls) // 2, seconds=round(time.time() - start, 1))
+
+
+def samplers(out, data_root):
+    jobs = {f"sampler-{m}-{s}-{n}": (m, s, n, out, data_root) for s, n in SAMPLERS for m in ("standard", "orthogonal", "obtuse", "relative", "unseen")}
+    done = attempt_all(sampler_trial, jobs, out)
+    return dict(config=dict(samplers=SAMPLERS, n=SAMPLER_N, forget=FORGET), rows=[done[name] for name in jobs])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", choices=("toy", "mnist", "relearn", "samplers"))
+    parser.add_argument("--data-root", default="data", metavar="DIR", help="where the data sets are (default data)")
+    parser.add_argument("--out", default="runs/rivals", metavar="DIR", help="where the trials are kept (default runs/rivals)")
+    opt = parser.parse_args(argv)
+    out = pathlib.Path(opt.out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        results = dict(toy=lambda: compare("toy", out, opt.data_root), mnist=lambda: compare("mnist", out, opt.data_root),
+                       relearn=lambda: relearn(out, opt.data_root), samplers=lambda: samplers(out, opt.data_root))[opt.experiment]()
+    except sgu.UsageError as error:
+        sys.exit(f"rivals: {error}")
+    results.update(command=f"python notebooks/rivals.py {opt.experiment}", device=f"{sgu.describe(torch.device('cpu')).rsplit(',', 1)[0]}, {os.cpu_count()} processes of 1 thread",
+                   versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
+    name = dict(toy="rivals-toy", mnist="rivals-mnist-3,7", relearn="relearn-mnist-3,7", samplers="samplers-mnist-3,7")[opt.experiment]
+    sgu.save_json(here / "results" / f"{name}.json", results)
+    print(make_table(results) if opt.experiment in ("toy", "mnist") else f"results/{name}.json")
+
+
+if __name__ == "__main__":
+    main()
