@@ -193,7 +193,7 @@ class UNet(nn.Module):
 
     The second argument is log(sigma)/4, about -1 to 1: all the network knows of t. channels: one width per level, multiples of 8.
     patch folds patch x patch pixels into channels first, so that no convolution runs at full resolution: for 28x28 digits
-    patch=2 costs a quarter of the arithmetic and runs near a CPU's peak. H and W must divide by patch * 2^(levels - 1).
+    patch=2 costs a quarter of the arithmetic. H and W must divide by patch * 2^(levels - 1).
     """
 
     def __init__(self, image_channels=1, channels=(64, 128), blocks=1, patch=2, attention=True):
@@ -330,9 +330,9 @@ def obtuse_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=Non
 def relative_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None, *, reference):
     """Ours: obtuse relative to a frozen score, e.(z - e_ref) / D. x0: (B, ...) from D_f -> scalar of either sign.
 
-    reference: Standard's score(x, t). In the mean over z this pushes e away from e_f - e_ref: not at all where D_f and D call for
-    the same noise. It is NegGrad made linear at the reference, hence bounded. Its optimum with the keep loss, e_g - (R/2)(e_f - e_ref),
-    is classifier guidance without a classifier: score = score_g + w grad log P(g | x_t), w = (1 - alpha)/(2 alpha) |D_g|/|D_f|,
+    reference: Standard's score(x, t). In the mean over z descending it moves e by -(e_f - e_ref): not at all where D_f and D call for
+    the same noise. It is NegGrad made linear at the reference, and bounded because e_ref comes close to e_f wherever p_f dominates.
+    Its optimum with the keep loss, e_g - (R/2)(e_f - e_ref), is classifier guidance without a classifier: score = score_g + w grad log P(g | x_t), w = (1 - alpha)/(2 alpha) |D_g|/|D_f|,
     for equal keep and forget weights (notebook 8).
     """
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
@@ -566,8 +566,8 @@ def from_levels(x):
 def bits_per_dim(score, sde, x, steps=16, probes=1, exact=False, generator=None):
     """Negative log-likelihood of 8-bit images in bits/dim. x: (B, C, H, W) in [-1, 1] -> (B,).
 
-    Uniform dequantisation first: level k in 0..255 becomes y = 2 (k + u)/256 - 1 with u ~ U[0, 1). A density over y is one over
-    levels divided by 128 per pixel, hence -log2 p(y)/D + 7 (the paper's code leaves +8, right for data in [0, 1], in its tables).
+    Uniform dequantisation first: level k in 0..255 becomes y = 2 (k + u)/256 - 1 with u ~ U[0, 1). Divided by 128 per pixel, a
+    density over y becomes one over levels; hence -log2 p(y)/D + 7 (the paper's code leaves +8, right for data in [0, 1], in its tables).
     Raises ValueError for images outside [-1, 1].
     """
     levels = levels_of(x)
@@ -671,10 +671,11 @@ def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
 #
 # Which t to train at matters more than anything else in a short run: half the draws are uniform in log sigma (the paper's
 # t ~ U[0, 1] for VE), half sit around sigma = 1, where digits take shape. The keep loss is weighted by 1 + (sigma/data_std)^2,
-# which makes the loss of the preconditioned network F equally large at every noise level (Karras et al. 2022). The forget losses
-# are linear or quadratic in e.z rather than in e - z, so the square root of that weight does the same for them ('balanced'). And
-# where sigma > 6 noise hides the class, p_f and p_g coincide and forgetting only fights keeping: see window. All this was found by
-# trying; METHODS in section 10 holds what was found for each loss.
+# which makes the loss of the preconditioned network F equally large at every noise level (Karras et al. 2022), and so are losses of
+# that kind, squares of e less some aim: they get the same weight. Orthogonal and obtuse are made of e.z, which is of order 1 at every
+# noise level where (e - z)^2 is small: the square root of that weight makes their gradients at F equally large. The relative loss gets
+# the full weight, which keeps its optimum a guided score. And where sigma > 6 noise hides the class, p_f and p_g coincide and
+# forgetting only fights keeping: see window. All this was found by trying; METHODS in section 10 holds what was found for each loss.
 # =====================================================================================================================
 
 def sample_times(sde, n, generator=None, device=None, window=(0., 1.)):
@@ -700,7 +701,7 @@ def keep_weight(sde, data_std=0.5):
 
 
 def forget_weight(sde, data_std=0.5):
-    """The weight sqrt(1 + (sigma/data_std)^2) of the forget loss ('balanced'), as a function of t."""
+    """The weight sqrt(1 + (sigma/data_std)^2) of losses in e.z, as a function of t."""
     return lambda t: keep_weight(sde, data_std)(t).sqrt()
 
 
@@ -723,7 +724,8 @@ def saliency_mask(model, sde, forget, forget_loss, *, batches=10, batch_size=64,
 
 
 def fisher_penalty(model, sde, keep, *, strength=100.0, batches=50, batch_size=8, seed=0, precision="float32", data_std=0.5):
-    """Rival elastic weights (Kirkpatrick et al. 2017): an edit_gradient that adds that of strength sum_i F_i (theta_i - theta0_i)^2.
+    """Rival elastic weights (Kirkpatrick et al. 2017): an edit_gradient that adds the gradient of
+    strength sum_i F_i (theta_i - theta0_i)^2, which keeps what the kept data need near Standard's weights theta0.
 
     F is the diagonal Fisher information of the keep loss at theta0, estimated as the mean squared gradient of small batches.
     """
@@ -1149,9 +1151,11 @@ def judged(probs, features, data, reference):
 # 10. The command: python sgu.py --dataset mnist --forget 3,7
 # =====================================================================================================================
 
-# How to fine-tune: (share of --steps, share of --lr, the noise levels sigma at which the forget loss acts). A loss without lower bound
-# gets few, small steps. The relative one has an optimum and can take its time; guidance pays where digits are decided, and only there.
-BRIEF, LONG = (0.09, 0.5, (0., 6.)), (0.15, 1.0, (0.2, 3.))
+# How to fine-tune: (share of --steps, share of --lr, the noise levels sigma at which the forget loss acts, the forget loss's weight).
+# What harms the longer it acts gets few, small steps. The optimum of the relative loss is bounded, and it can take its time; guidance
+# pays where digits are decided, and only there. Section 7 says which weight suits which loss.
+BRIEF, LONG = (0.09, 0.5, (0., 6.), forget_weight), (0.15, 1.0, (0.2, 3.), keep_weight)
+SQUARES = BRIEF[:3] + (keep_weight,)
 METHODS = dict(             # name: (what it is trained on, forget loss, its default alpha, how to fine-tune)
     standard=("D", None, 1.0, LONG),
     unseen=("D_g", None, 1.0, LONG),
@@ -1159,12 +1163,12 @@ METHODS = dict(             # name: (what it is trained on, forget loss, its def
     obtuse=("D_g, D_f", obtuse_loss, 0.85, BRIEF),
     relative=("D_g, D_f", relative_loss, 0.55, LONG),              # ours: obtuse relative to Standard
     finetune=("D_g", None, 1.0, LONG),                             # the rivals: see section 3 and train()
-    neggrad=("D_g, D_f", neggrad_loss, 0.97, BRIEF),
-    siss=("D_g, D_f", neggrad_loss, 0.5, BRIEF),
-    erasediff=("D_g, D_f", erasediff_loss, 0.9, BRIEF),
-    erasediff_zero=("D_g, D_f", erasediff_zero_loss, 0.9, BRIEF),
+    neggrad=("D_g, D_f", neggrad_loss, 0.97, SQUARES),
+    siss=("D_g, D_f", neggrad_loss, 0.9, SQUARES),              # 1 - alpha: the forget gradient's share of the keep gradient
+    erasediff=("D_g, D_f", erasediff_loss, 0.9, SQUARES),
+    erasediff_zero=("D_g, D_f", erasediff_zero_loss, 0.9, SQUARES),
     salun=("D_g, D_f", obtuse_loss, 0.85, BRIEF),
-    fisher=("D_g, D_f", neggrad_loss, 0.97, BRIEF),
+    fisher=("D_g, D_f", neggrad_loss, 0.97, SQUARES),
 )
 TITLES = dict(standard="Standard", unseen="Unseen", orthogonal="SGU-Orthogonal", obtuse="SGU-Obtuse", relative="SGU-Relative", finetune="fine-tuning",
               neggrad="NegGrad+", siss="SISS", erasediff="EraseDiff", erasediff_zero="EraseDiff, mean 0", salun="SalUn mask, obtuse", fisher="NegGrad+, Fisher")
@@ -1195,12 +1199,12 @@ class Options:
     dataset: str = option("glyphs", "glyphs (drawn from fonts), mnist, fashion, kmnist, cifar10, stl10, celeba, or the path of an .npz")
     forget: str = option(None, "what to forget: class or attribute names or numbers, separated by commas", metavar="3,7")
     methods: str = option("standard,unseen,orthogonal,obtuse,relative", "which models to make, of " + ", ".join(METHODS))
-    training: str = option("finetune", "how the SGU models are made: fine-tuned from Standard, or retrained from scratch", choices=("finetune", "retrain"))
+    training: str = option("finetune", "how models with a forget loss are made: fine-tuned from Standard, or retrained from scratch (relative, salun and fisher, which look at Standard, are always fine-tuned)", choices=("finetune", "retrain"))
     pretrained: str = option(None, "a standard.pt of an earlier run to start from instead of training Standard", metavar="FILE")
     sde: str = option(None, "noise schedule (default ve for glyphs, mnist, fashion and kmnist, else vp)", choices=("ve", "vp", "ddpm"))
     alpha: float = option(None, "weight of the keep loss in Eq. 11, in [0, 1]; 1 - alpha weighs the forget loss (default: the method's own, in METHODS)")
     forget_window: str = option(None, "times t between which the forget loss acts (default: the method's own)", metavar="LO,HI")
-    weighting: str = option("balanced", "weight of the forget loss: balanced over noise levels, noise units, or the paper's lambda(t); the keep loss stays balanced", choices=("balanced", "noise", "paper"))
+    weighting: str = option("balanced", "weight of the forget loss: balanced over noise levels (the method's own, in METHODS), noise units, or the paper's lambda(t); the keep loss stays balanced", choices=("balanced", "noise", "paper"))
     steps: int = option(None, "training steps of Standard and Unseen")
     unlearn_steps: int = option(None, "fine-tuning steps of the SGU models (default: the method's own, 9 or 15%% of --steps)")
     batch_size: int = option(None, "images per step")
@@ -1209,7 +1213,7 @@ class Options:
     sampler: str = option(None, "em, pc, ode, or ancestral (default em, for ddpm ancestral)", choices=tuple(SAMPLERS))
     sampler_steps: int = option(None, "sampler steps (default %s)" % ", ".join(f"{k} {v or 1000}" for k, v in SAMPLER_STEPS.items()))
     samples: int = option(None, "images to draw from each model")
-    likelihood_samples: int = option(None, "test images of D_g and of D_f whose likelihood is computed")
+    likelihood_samples: int = option(None, "test images of D_g and of D_f whose likelihood is computed; as many are inpainted and reconstructed")
     judge: str = option("cnn", "who judges: our own network trained on the data, or CLIP through open_clip where it is installed", choices=("cnn", "clip"))
     tasks: str = option("sample,likelihood", "what to measure: sample, likelihood, inpaint, reconstruct")
     device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
@@ -1252,6 +1256,7 @@ def resolve(opt):
         require(name in METHODS, f"--methods: unknown method {name!r}; choose from {', '.join(METHODS)}")
     require(len(set(methods)) == len(methods), f"--methods {opt.methods}: a method is listed twice")
     tuned = [m for m in methods if fine_tuned(m, opt)]
+    require(not opt.pretrained or "standard" in methods, "--pretrained: is the standard model of this run, so --methods must list standard")
     require(not tuned or "standard" in methods, f"--methods: {', '.join(tuned)} by fine-tuning needs standard in the list too")
     for name in opt.tasks.split(","):
         require(name in TASKS, f"--tasks: unknown task {name!r}; choose from {', '.join(TASKS)}")
@@ -1308,13 +1313,13 @@ def resolve(opt):
 
 
 def fine_tuned(method, opt):
-    """Does this method start from Standard's weights?"""
-    return method in ("finetune", "relative") or METHODS[method][1] is not None and opt.training == "finetune"
+    """Does this method start from Standard's weights? Four have no meaning otherwise: they look at Standard."""
+    return method in ("finetune", "relative", "salun", "fisher") or METHODS[method][1] is not None and opt.training == "finetune"
 
 
 def recipe(method, opt):
     """How a method is trained: dict(alpha, steps, lr, window), its own from METHODS where no option says otherwise; window: the times t."""
-    _, loss, alpha, (share, pace, sigmas) = METHODS[method]
+    _, loss, alpha, (share, pace, sigmas, _) = METHODS[method]
     how = dict(alpha=alpha if opt.alpha is None or loss is None else opt.alpha, steps=opt.steps, lr=opt.lr)
     if fine_tuned(method, opt):
         how.update(steps=opt.unlearn_steps or max(1, round(share * opt.steps)), lr=opt.unlearn_lr or pace * opt.lr)
@@ -1430,7 +1435,8 @@ def run(opt, interrupted=lambda: False):
             raise UsageError(f"{out / 'results.json'} is damaged or not one of ours; delete it and run again (what the checkpoints hold is kept), "
                              "or use --fresh to start over") from None
         check_same_run(before, config, out)
-        results = {**old, **results, **kept}
+        commands = old.get("command", "").split("; ")                                  # a later call may have added methods or tasks
+        results = {**old, **results, **kept, "command": "; ".join(dict.fromkeys([*filter(None, commands), results["command"]]))}
     save_json(out / "results.json", results)                                           # from here on the folder belongs to these options
 
     def stage(name, seconds):
@@ -1528,7 +1534,8 @@ def get_model(method, out, data, opt, config, device, stage, pause):
     saved = read_checkpoint(path) if path.exists() else dict(format="sgu-1", method=method, config=config, network=config["network"], sde=opt.sde,
                                                              recipe=how, finished=False, state=None, losses=[])
     check_same_run(saved.get("config", {}), config, path)
-    if saved.get("method") != method or "losses" not in saved or not (saved.get("finished") or saved.get("state") or not path.exists()):
+    half_written = path.exists() and not (saved.get("finished") or saved.get("state"))
+    if saved.get("method") != method or "losses" not in saved or half_written:
         raise UsageError(f"checkpoint {path} is not of {method}; delete it and run again")
     check_same_run(saved.get("recipe", {}), how, path)
     if saved["finished"]:
@@ -1553,17 +1560,16 @@ def get_model(method, out, data, opt, config, device, stage, pause):
         stage(f"train {method}", time.time() - start)
         start = last = time.time()
 
-    edit, forget_weighting = None, None if opt.weighting == "balanced" else opt.weighting
-    if method == "relative":                                                            # both weights alike make its optimum a guided score
+    edit, forget_weighting = None, METHODS[method][3][3](sde) if opt.weighting == "balanced" else opt.weighting
+    if method == "relative":
         forget_loss = functools.partial(relative_loss, reference=make_score(copy.deepcopy(ema), sde, precision=opt.precision))
-        forget_weighting = forget_weighting or keep_weight(sde)
     elif method == "salun":
         edit = saliency_mask(model, sde, forget, forget_loss, seed=opt.seed, precision=opt.precision)
     elif method == "fisher":
         edit = fisher_penalty(model, sde, keep, seed=opt.seed, precision=opt.precision)
     for info in train(model, ema, sde, keep, forget, forget_loss, how["alpha"], steps=steps, batch_size=opt.batch_size, lr=how["lr"], warmup=steps // 20 + 1,
                       window=how["window"], forget_weighting=forget_weighting, precision=opt.precision,
-                      seed=opt.seed, state=saved["state"], compile=opt.compile, forget_ratio=0.1 if method == "siss" else None, edit_gradient=edit):
+                      seed=opt.seed, state=saved["state"], compile=opt.compile, forget_ratio=1 - how["alpha"] if method == "siss" else None, edit_gradient=edit):
         if info["step"] % 10 == 0 or info["step"] == steps:
             saved["losses"].append([info["step"], info["keep"], info["forget"]])
         bar(info["step"], f"keep {info['keep']:.4f}" + (f"  forget {info['forget']:+.4f}" if forget_loss else ""))
@@ -1778,12 +1784,12 @@ def draw_pictures(out, data, opt, judge):
     axes = figure.subplots(1, 2)
     colours = ("#000000", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
     for i, method in enumerate(methods):
-        colour = colours[i % len(colours)]
+        look = dict(color=colours[i % len(colours)], ls="-" if i < len(colours) else "--", lw=1, label=TITLES.get(method, method))
         losses = np.array(read_checkpoint(out / f"{method}.pt")["losses"])
         if len(losses):
-            axes[0].plot(losses[:, 0], losses[:, 1], color=colour, label=TITLES.get(method, method), lw=1)
+            axes[0].plot(losses[:, 0], losses[:, 1], **look)
             if METHODS[method][1]:
-                axes[1].plot(losses[:, 0], losses[:, 2], color=colour, label=TITLES.get(method, method), lw=1)
+                axes[1].plot(losses[:, 0], losses[:, 2], **look)
     axes[0].set(yscale="log", xlabel="step", title="keep loss (Eq. 8)"), axes[0].legend(frameon=False)
     axes[1].set(xlabel="step", title="forget loss (Eq. 9 or 10)")
     figure.tight_layout()

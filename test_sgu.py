@@ -1397,7 +1397,8 @@ def test_rivals_results_add_up(name):
     import rivals
     results = json.loads((HERE / "notebooks/results" / f"{name}.json").read_text())
     config, distance = results["config"], rivals.DISTANCE[results["config"]["domain"]] + "_all"
-    assert set(results["tuning"]) == set(rivals.SETTINGS) and set(results["methods"]) == {"standard", "unseen", *rivals.SETTINGS}
+    settings = rivals.SETTINGS[config["domain"]]
+    assert set(results["tuning"]) == set(settings) and set(results["methods"]) == {"standard", "unseen", *settings}
     for method, entry in results["methods"].items():
         runs = entry["runs"]
         assert len(runs) == len(config["seeds"]) == 3
@@ -2223,7 +2224,24 @@ def test_interrupted_training_goes_on(finished, tmp_path, small, capsys, no_pict
     assert equal_weights(out / "unseen.pt", finished[0] / "unseen.pt") and results_of(out)["methods"] == results_of(finished[0])["methods"]
 
 
-@pytest.mark.parametrize("method", [m for m in ("salun", "fisher", "relative") if m in sgu.METHODS])
+def test_commands_add_up(copied, capsys, no_pictures):
+    """A folder that was filled in two calls names both commands, once each however often they are repeated."""
+    argv = [*QUICK, "--methods", "standard", "--tasks", "sample", "--out", copied]
+    first = results_of(copied)["command"]
+    assert command(capsys, *argv)[0] == command(capsys, *argv)[0] == 0
+    commands = results_of(copied)["command"].split("; ")
+    assert commands[0] == first and len(commands) == 2 and "--methods standard " in commands[1] and "--tasks sample" in commands[1], commands
+
+
+@pytest.mark.parametrize("method", ["salun", "fisher", "relative"])
+def test_what_looks_at_standard_starts_there(method, finished, tmp_path, small, capsys, no_pictures):
+    """Also with --training retrain: a mask or a penalty around random weights would mean nothing. With rate 1e-30 nothing moves."""
+    argv = [*QUICK, "--methods", f"standard,{method}", "--tasks", "sample", "--training", "retrain", "--unlearn-lr", "1e-30", "--unlearn-steps", "2"]
+    assert command(capsys, *argv, "--pretrained", finished[0] / "standard.pt", "--out", tmp_path)[0] == 0
+    assert equal_weights(tmp_path / f"{method}.pt", finished[0] / "standard.pt"), f"{method} was not started from Standard"
+
+
+@pytest.mark.parametrize("method", ["salun", "fisher", "relative"])
 def test_interrupted_rivals_go_on(method, finished, tmp_path, small, capsys, no_pictures, monkeypatch):
     """The rivals that look at Standard before they train look at it again when they go on, not at fresh weights."""
     argv = [*QUICK, "--methods", f"standard,{method}", "--tasks", "sample", "--unlearn-steps", "3", "--pretrained", finished[0] / "standard.pt"]
@@ -2355,6 +2373,7 @@ def test_pretrained_that_will_not_do(tmp_path, small, capsys, finished):
     for name, words in (("none.pt", ("no checkpoint",)), ("text.pt", ("damaged",)), ("unfinished.pt", ("no finished ve model",)), (".", ("damaged",))):
         check_refused(capsys, [*QUICK, "--pretrained", tmp_path / name, "--out", tmp_path / "new"], tmp_path / name, *words)
     check_refused(capsys, [*QUICK, "--sde", "vp", "--pretrained", finished[0] / "standard.pt", "--out", tmp_path / "new"], "no finished vp model")
+    check_refused(capsys, [*QUICK, "--methods", "unseen", "--pretrained", finished[0] / "standard.pt", "--out", tmp_path / "new"], "--pretrained", "--methods must list standard")
     check_refused(capsys, [*QUICK, "--pretrained", finished[0] / "judge.pt", "--out", tmp_path / "new"], "judge.pt")
     write_npz(tmp_path / "colour.npz", channels=3)
     check_refused(capsys, ["--dataset", tmp_path / "colour.npz", "--forget", "1", "--sde", "ve", "--pretrained", finished[0] / "standard.pt",

@@ -8,12 +8,13 @@
 Every trial is a file in --out (default runs/rivals); a run that was stopped goes on. relearn needs the networks of mnist in --out.
 
 The rules of the comparison. All methods start from one Standard network and get the same number of gradients of a batch (plain
-fine-tuning, which needs no forget gradient, takes twice the steps). Each is tried in the three settings of SETTINGS with one seed, on
-the validation half of the test images; the setting whose samples come closest to the real kept data (distance of all samples: what is
+fine-tuning, which needs no forget gradient, takes twice the steps; what SalUn and Fisher look at first and the forward pass of the
+reference in SGU-Relative come on top). Each is tried in the three settings of SETTINGS with one seed, on the validation half of the
+test images; the setting whose samples come closest to the real kept data (distance of all samples: what is
 left of the forgotten classes counts, and so does damage) is run with three other seeds and measured on the other half. The distance is
 Frechet's on the judge's features; on the three Gaussians, whose mean and covariance hardly feel the middle one, the energy distance.
 """
-import argparse, concurrent.futures, contextlib, copy, functools, io, json, math, multiprocessing, os, pathlib, platform, sys, time
+import argparse, concurrent.futures, contextlib, copy, functools, io, json, math, multiprocessing, os, pathlib, platform, shutil, sys, time
 
 here = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
@@ -23,21 +24,22 @@ import torch
 
 import sgu, toy_gmm
 
-SETTINGS = dict(            # method: three of (alpha, share of Standard's learning rate)
-    finetune=[(1.0, 0.25), (1.0, 0.5), (1.0, 1.0)],
-    orthogonal=[(0.8, 0.5), (0.6, 0.5), (0.8, 1.0)],
-    obtuse=[(0.85, 0.5), (0.75, 0.5), (0.85, 1.0)],
-    relative=[(0.55, 0.5), (0.55, 1.0), (0.4, 1.0)],
-    neggrad=[(0.97, 0.5), (0.93, 0.5), (0.97, 1.0)],
-    siss=[(0.5, 0.25), (0.5, 0.5), (0.5, 1.0)],                 # its share of the keep gradient is fixed; alpha plays no part
-    erasediff=[(0.9, 0.5), (0.8, 0.5), (0.9, 1.0)],
-    erasediff_zero=[(0.9, 0.5), (0.8, 0.5), (0.9, 1.0)],
-    salun=[(0.85, 0.5), (0.75, 0.5), (0.85, 1.0)],
-    fisher=[(0.97, 0.5), (0.93, 0.5), (0.97, 1.0)],
+WIDE, NARROW = (0., 6.), (0.2, 3.)                                      # windows in sigma: sgu.py's own, and that of SGU-Relative
+MILD, STRONG = ((0.95, 0.5, WIDE), (0.8, 0.5, WIDE), (0.8, 0.5, NARROW)), ((0.9, 0.5, WIDE), (0.7, 0.5, WIDE), (0.7, 0.5, NARROW))
+OBTUSE = ((0.85, 0.5, WIDE), (0.75, 0.5, WIDE), (0.75, 0.5, NARROW))
+ALL = (0., 20.)                                                         # every noise level of the toy's schedule
+SETTINGS = dict(            # domain: method: three of (alpha, share of Standard's learning rate, window of the forget loss)
+    mnist=dict(finetune=((1., 0.25, WIDE), (1., 0.5, WIDE), (1., 1., WIDE)), orthogonal=((0.8, 0.5, WIDE), (0.6, 0.5, WIDE), (0.6, 0.5, NARROW)), obtuse=OBTUSE,
+               relative=((0.55, 0.5, NARROW), (0.55, 1., NARROW), (0.55, 0.5, WIDE)), neggrad=MILD, siss=STRONG, erasediff=STRONG, erasediff_zero=STRONG,
+               salun=OBTUSE, fisher=MILD),
+    toy={method: tuple((alpha, 0.5, ALL) for alpha in alphas) for method, alphas in dict(
+        orthogonal=(0.95, 0.9, 0.8), obtuse=(0.92, 0.85, 0.7), relative=(0.9, 0.75, 0.55), neggrad=(0.99, 0.985, 0.97), siss=(0.97, 0.9, 0.7),
+        erasediff=(0.97, 0.9, 0.7), erasediff_zero=(0.97, 0.9, 0.7), salun=(0.92, 0.85, 0.7), fisher=(0.99, 0.985, 0.97)).items()},
 )
+SETTINGS["toy"] = dict(finetune=tuple((1., pace, ALL) for pace in (0.25, 0.5, 1.)), **SETTINGS["toy"])
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
-SIZE = dict(mnist=dict(steps=250, batch_size=64, lr=5e-3, tuning_samples=300, samples=500, likelihood_samples=50),
-            toy=dict(steps=500, batch_size=512, lr=6e-3, tuning_samples=5000, samples=5000, likelihood_samples=1000))
+SIZE = dict(mnist=dict(steps=200, batch_size=64, lr=5e-3, tuning_samples=300, samples=500, likelihood_samples=50),
+            toy=dict(steps=500, batch_size=512, lr=6e-3, tuning_samples=10000, samples=5000, likelihood_samples=1000))
 FORGET = "3,7"
 DISTANCE = dict(mnist="frechet", toy="energy")
 
@@ -64,13 +66,14 @@ def measure_images(images, judge, data):
     return dict(sgu.judged(probs, features, data, reference), frechet_all=sgu.frechet(features, reference))
 
 
-def mnist_trial(method, setting, seed, final, out, data_root):
+def mnist_trial(method, setting, seed, final, size, name, out, data_root):
     """Unlearn, sample, judge; likelihoods only for the final figures. standard and unseen are the committed networks as they are."""
-    size, ready = SIZE["mnist"], method in ("standard", "unseen")
-    folder = out / f"mnist-{'final' if final else 'tune'}-{method}-{setting}-{seed}"
-    alpha, pace = (None, 1.0) if ready else SETTINGS[method][setting]
+    folder, ready = out / name, setting is None
+    shutil.rmtree(folder, ignore_errors=True)                               # what another setting may have left
+    alpha, pace, sigmas = setting or (None, 1.0, WIDE)
+    window = [float(sgu.VE().time(torch.tensor(sigma, dtype=torch.float64))) if sigma else 0. for sigma in sigmas]
     opt, device, data = sgu.resolve(sgu.Options(
-        dataset="mnist", forget=FORGET, methods="standard" if ready else f"standard,{method}", pretrained=str(here / "results/mnist_standard.pt"), alpha=alpha,
+        dataset="mnist", forget=FORGET, methods="standard" if ready else f"standard,{method}", pretrained=str(here / "results/mnist_standard.pt"), alpha=alpha, forget_window=f"{window[0]},{window[1]}",
         unlearn_steps=steps_of(method, size), unlearn_lr=pace * size["lr"], batch_size=size["batch_size"], samples=size["samples" if final else "tuning_samples"],
         likelihood_samples=size["likelihood_samples"], seed=seed, device="cpu", data_root=data_root, out=str(folder)))
     judge, halves = judge_and_halves(data)
@@ -94,17 +97,17 @@ def energy_distance(x, y):
     return 2 * float(torch.cdist(x, y).mean(dtype=torch.float64)) - within(x) - within(y)
 
 
-def toy_trial(method, setting, seed, final, out, data_root):
+def toy_trial(method, setting, seed, final, size, name, out, data_root):
     """The same on the three Gaussians, where likelihoods are exact and the share of the middle mode needs no judge."""
-    size, sde, std = SIZE["toy"], toy_gmm.SDE, toy_gmm.DATA_STD
+    sde, std = toy_gmm.SDE, toy_gmm.DATA_STD
     base = "unseen" if method == "unseen" else "standard"
     g = torch.Generator().manual_seed(0)
     training = toy_gmm.sample_mixture(toy_gmm.KEEP, 40000, g), toy_gmm.sample_mixture(toy_gmm.FORGET, 10000, g)
     model = toy_gmm.ToyNet()
     model.load_state_dict(torch.load(out / f"toy-{base}.pt", weights_only=True))
     start, alpha, how = time.time(), 1.0, None
-    if method not in ("standard", "unseen"):
-        (alpha, pace), loss = SETTINGS[method][setting], sgu.METHODS[method][1]
+    if setting:
+        (alpha, pace, _), loss = setting, sgu.METHODS[method][1]
         ema, keep, forget = copy.deepcopy(model).requires_grad_(False), training[0], training[1] if loss else None
         if method == "relative":
             loss = functools.partial(loss, reference=sgu.make_score(copy.deepcopy(ema), sde, std))
@@ -113,7 +116,7 @@ def toy_trial(method, setting, seed, final, out, data_root):
         how = dict(alpha=alpha, steps=steps_of(method, size), lr=pace * size["lr"])
         even = sgu.keep_weight(sde, std)                                # the same weight on both losses, as in toy_gmm.py
         for info in sgu.train(model, ema, sde, keep, forget, loss, alpha, steps=how["steps"], lr=how["lr"], batch_size=size["batch_size"], warmup=how["steps"] // 20 + 1,
-                              ema_decay=0.99, data_std=std, forget_weighting=even, seed=seed, forget_ratio=0.1 if method == "siss" else None, edit_gradient=edit):
+                              ema_decay=0.99, data_std=std, forget_weighting=even, seed=seed, forget_ratio=1 - alpha if method == "siss" else None, edit_gradient=edit):
             pass
         model = ema
     score, trained = sgu.make_score(model.requires_grad_(False), sde, std), time.time()
@@ -131,24 +134,26 @@ def toy_trial(method, setting, seed, final, out, data_root):
 
 # ---- all trials, several at once ----------------------------------------------------------------------------------------------------
 
-def attempt(trial, name, out, arguments):
+def attempt(trial, name, arguments, out, data_root):
     """The figures of a trial, from out/<name>.json or computed now; a trial that blows up is a result too."""
-    path = out / f"{name}.json"
-    if not path.exists():
+    path, asked = out / f"{name}.json", repr(arguments)
+    entry = json.loads(path.read_text()) if path.exists() else {}
+    if entry.get("asked") != asked:                                       # what is there, if anything, answers another question
         try:
             with contextlib.redirect_stderr(io.StringIO()):            # one bar for all trials is enough
-                entry = trial(*arguments)
+                entry = trial(*arguments, name, out, data_root)
         except FloatingPointError as error:
             entry = dict(error=str(error))
+        entry["asked"] = asked
         sgu.save_json(path, entry)
-    return json.loads(path.read_text())
+    return {key: value for key, value in entry.items() if key != "asked"}
 
 
-def attempt_all(trial, jobs, out):
+def attempt_all(trial, jobs, out, data_root):
     """jobs: {name: arguments} -> {name: figures}, one process of one thread per core: small networks gain little from more threads."""
     results, bar = {}, sgu.Progress(trial.__name__, len(jobs))
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        tasks = {pool.submit(attempt, trial, name, out, arguments): name for name, arguments in jobs.items()}
+        tasks = {pool.submit(attempt, trial, name, arguments, out, data_root): name for name, arguments in jobs.items()}
         for task in concurrent.futures.as_completed(tasks):
             results[tasks[task]] = entry = task.result()
             bar(len(results))
@@ -165,9 +170,9 @@ def mean_and_spread(values):
 
 def compare(domain, out, data_root):
     """Tuning, then three seeds of the chosen settings; writes and returns the results."""
-    trial, begin = dict(mnist=mnist_trial, toy=toy_trial)[domain], time.time()
+    trial, settings, begin = dict(mnist=mnist_trial, toy=toy_trial)[domain], SETTINGS[domain], time.time()
     name = lambda method, i, seed, final: f"{domain}-{'final' if final else 'tune'}-{method}-{i}-{seed}"
-    job = lambda *key: (name(*key), (*key, out, data_root))
+    job = lambda method, i, seed, final: (name(method, i, seed, final), (method, settings[method][i] if method in settings else None, seed, final, SIZE[domain]))
     if domain == "toy":
         g = torch.Generator().manual_seed(0)
         training = toy_gmm.sample_mixture(toy_gmm.KEEP, 40000, g), toy_gmm.sample_mixture(toy_gmm.FORGET, 10000, g)
@@ -176,20 +181,21 @@ def compare(domain, out, data_root):
                 for info in toy_gmm.train_toy(base, *training):
                     pass
                 sgu.replace_file(out / f"toy-{base}.pt", lambda p: torch.save(info["snapshot"]()["ema"], p))
-    tuning = attempt_all(trial, dict(job(m, i, TUNING_SEED, False) for i in range(3) for m in SETTINGS), out)
-    tuned = {m: [dict(alpha=a, lr=pace * SIZE[domain]["lr"], **tuning[name(m, i, TUNING_SEED, False)]) for i, (a, pace) in enumerate(rows)] for m, rows in SETTINGS.items()}
+    tuning = attempt_all(trial, dict(job(m, i, TUNING_SEED, False) for i in range(3) for m in settings), out, data_root)
+    tuned = {m: [dict(alpha=a, lr=pace * SIZE[domain]["lr"], sigmas=sigmas, **tuning[name(m, i, TUNING_SEED, False)]) for i, (a, pace, sigmas) in enumerate(rows)]
+             for m, rows in settings.items()}
     chosen = {m: min(range(3), key=lambda i: rows[i].get(DISTANCE[domain] + "_all", math.inf)) for m, rows in tuned.items()}
-    final = attempt_all(trial, dict(job(m, chosen.get(m, 0), seed, True) for seed in SEEDS for m in ("standard", *SETTINGS, "unseen")), out)
+    final = attempt_all(trial, dict(job(m, chosen.get(m, 0), seed, True) for seed in SEEDS for m in ("standard", *settings, "unseen")), out, data_root)
     methods = {}
-    for m in ("standard", *SETTINGS, "unseen"):
+    for m in ("standard", *settings, "unseen"):
         runs = [final[name(m, chosen.get(m, 0), seed, True)] for seed in SEEDS]
-        methods[m] = dict(setting=chosen.get(m), recipe=runs[0].get("recipe"), runs=runs)
+        methods[m] = dict(setting=chosen.get(m), sigmas=settings[m][chosen[m]][2] if m in settings else None, recipe=runs[0].get("recipe"), runs=runs)
         if not any("error" in run for run in runs):
             k, n = (sum(round(run["unlearning_ratio"][key] * (run["unlearning_ratio"]["n"] if key == "total" else 1)) for run in runs) for key in ("total", "n"))
             methods[m].update(ratio=mean_and_spread([run["unlearning_ratio"]["total"] for run in runs]), pooled=dict(n=n, ci95=sgu.wilson(k, n)),
                               **{key: mean_and_spread([run[key] for run in runs]) for key in ("unsure", DISTANCE[domain] + "_kept", DISTANCE[domain] + "_all") if runs[0].get(key) is not None},
                               **{key: mean_and_spread([run["nll_bits_per_dim"][key] for run in runs]) for key in ("D_g", "D_f")})
-    return dict(config=dict(domain=domain, forget=FORGET if domain == "mnist" else "middle", settings=SETTINGS, tuning_seed=TUNING_SEED, seeds=SEEDS, **SIZE[domain]),
+    return dict(config=dict(domain=domain, forget=FORGET if domain == "mnist" else "middle", settings=settings, tuning_seed=TUNING_SEED, seeds=SEEDS, **SIZE[domain]),
                 tuning=tuned, methods=methods, seconds_of_this_call=round(time.time() - begin, 1))
 
 
@@ -198,17 +204,18 @@ def make_table(results):
     config, keys = results["config"], ["ratio", "unsure", "frechet_kept", "frechet_all", "energy_kept", "energy_all", "D_g", "D_f"]
     titles = dict(ratio="ratio, %", unsure="unsure, %", frechet_kept="Fréchet, kept", frechet_all="Fréchet, all", energy_kept="energy, kept", energy_all="energy, all", D_g="NLL D_g", D_f="NLL D_f")
     keys = [k for k in keys if k in results["methods"]["standard"]]
-    lines = ["| method | alpha, rate | " + " | ".join(titles[k] for k in keys) + " |", "|---|---|" + "---:|" * len(keys)]
+    lines = ["| method | alpha, rate, window σ | " + " | ".join(titles[k] for k in keys) + " |", "|---|---|" + "---:|" * len(keys)]
     for m, entry in results["methods"].items():
         how = entry["recipe"]
         def cell(k):
             scale, digits = (100, 1) if k in ("ratio", "unsure") else (1, 4 if "energy" in k else 2)
             return f"{scale * entry[k]['mean']:.{digits}f} ± {scale * entry[k]['sd']:.{digits}f}" if k in entry else "-"
-        lines.append(f"| {sgu.TITLES[m]} | {'' if how is None else format(how['lr'], '.2g') if m in ('finetune', 'siss') else str(how['alpha']) + ', ' + format(how['lr'], '.2g')} | "
+        lines.append(f"| {sgu.TITLES[m]} | {'' if how is None else format(how['lr'], '.2g') if m == 'finetune' else '{}, {:.2g}, {:g} to {:g}'.format(how['alpha'], how['lr'], *entry['sigmas'])} | "
                      + " | ".join(map(cell, keys)) + " |")
-    return "\n".join(lines) + (f"\n\n{results['device']}; `{results['command']}`. Mean ± standard deviation of seeds {', '.join(map(str, config['seeds']))}; n = {config['samples']} samples and "
-                               f"{config['likelihood_samples']} + {config['likelihood_samples']} likelihoods (bits/dim) a seed; {2 * config['steps']} gradients of a batch of {config['batch_size']} each. "
-                               f"Chosen from three settings with seed {config['tuning_seed']}, n = {config['tuning_samples']}, on other images.\n")
+    return "\n".join(lines) + (f"\n\n{results['device']}; `{results['command']}`. Mean ± standard deviation of seeds {', '.join(map(str, config['seeds']))} of fine-tuning and sampling (Standard and Unseen, one network "
+                               f"each: of sampling); n = {config['samples']} samples and {config['likelihood_samples']} + {config['likelihood_samples']} likelihoods (bits/dim) a seed; "
+                               f"{2 * config['steps']} gradients of a batch of {config['batch_size']} each. Chosen from three settings with seed {config['tuning_seed']}, n = {config['tuning_samples']}, "
+                               f"by {'the distance to other test images' if config['domain'] == 'mnist' else 'the distance to other draws'}.\n")
 
 
 # ---- is it forgotten or hidden? -----------------------------------------------------------------------------------------------------
@@ -216,36 +223,38 @@ def make_table(results):
 RELEARN = dict(images=100, steps=(0, 5, 10, 20, 40, 80), lr=1e-3, batch_size=64, samples=100)
 
 
-def relearn_trial(method, path, out, data_root):
+def relearn_trial(method, path, how, name, out, data_root):
     """Plain fine-tuning of a finished network on 100 forgotten images; the share of 3s and 7s after some numbers of steps."""
     data = sgu.choose(sgu.load_data("mnist", data_root), FORGET)
     judge, (_, half) = judge_and_halves(data)
     model, sde = sgu.load_model(path)
     ema, shares = copy.deepcopy(model), []
-    few = data["train"][sgu.is_forgotten(data, "train")][:RELEARN["images"]]
+    few = data["train"][sgu.is_forgotten(data, "train")][:how["images"]]
 
     def look(step):
-        x = sgu.euler_maruyama(sgu.make_score(ema, sde), sde, (RELEARN["samples"], 1, 28, 28), steps=sgu.SAMPLER_STEPS["em"], generator=torch.Generator().manual_seed(7))
+        x = sgu.euler_maruyama(sgu.make_score(ema, sde), sde, (how["samples"], 1, 28, 28), steps=sgu.SAMPLER_STEPS["em"], generator=torch.Generator().manual_seed(7))
         shares.append(dict(step=step, **measure_images(sgu.to_levels(x), judge, half)["unlearning_ratio"]))
 
     look(0)
     model.requires_grad_(True)
-    for info in sgu.train(model, ema, sde, few, steps=1000, batch_size=RELEARN["batch_size"], lr=RELEARN["lr"], warmup=1, ema_decay=0.5):
-        if info["step"] in RELEARN["steps"]:                            # the first 80 of 1,000 steps: the rate is all but constant
+    for info in sgu.train(model, ema, sde, few, steps=1000, batch_size=how["batch_size"], lr=how["lr"], warmup=1, ema_decay=0.5):
+        if info["step"] in how["steps"]:                            # the first 80 of 1,000 steps: the rate is all but constant
             look(info["step"])
-        if info["step"] == max(RELEARN["steps"]):
+        if info["step"] == max(how["steps"]):
             return dict(shares=shares, unlearning_ratio=shares[-1])
 
 
 def relearn(out, data_root):
-    found = {m: next(iter(sorted(out.glob(f"mnist-final-{m}-*-0/{m}.pt"))), None) for m in SETTINGS}
-    if None in found.values():
-        raise sgu.UsageError(f"no network of {', '.join(m for m in found if found[m] is None)} in {out}: run  python notebooks/rivals.py mnist  first, with the same --out")
+    path = here / "results/rivals-mnist-3,7.json"
+    chosen = json.loads(path.read_text())["methods"] if path.exists() else {}
+    found = {m: out / f"mnist-final-{m}-{chosen.get(m, {}).get('setting')}-{SEEDS[0]}/{m}.pt" for m in SETTINGS["mnist"]}
+    if missing := [m for m, file in found.items() if not file.exists()]:
+        raise sgu.UsageError(f"no network of {', '.join(missing)} in {out}: run  python notebooks/rivals.py mnist  first, with the same --out")
     found.update(unseen=here / "results/mnist_unseen.pt", standard=here / "results/mnist_standard.pt")
-    done = attempt_all(relearn_trial, {f"relearn-{m}": (m, path, out, data_root) for m, path in found.items()}, out)
-    share = sum(label in (3, 7) for label in sgu.load_data("mnist", data_root)["train_labels"].tolist()) / 60000
-    first = lambda shares: next((s["step"] for s in shares if s["total"] >= share), None)
-    return dict(config=dict(RELEARN, forget=FORGET, share_of_data=share), methods={m: dict(shares=done[f"relearn-{m}"]["shares"], back_after=first(done[f"relearn-{m}"]["shares"])) for m in found})
+    done = attempt_all(relearn_trial, {f"relearn-{m}": (m, str(file), RELEARN) for m, file in found.items()}, out, data_root)
+    labels = sgu.load_data("mnist", data_root)["train_labels"]
+    return dict(config=dict(RELEARN, forget=FORGET, share_of_data=float(((labels == 3) | (labels == 7)).float().mean())),
+                methods={m: dict(shares=done[f"relearn-{m}"]["shares"]) for m in found})
 
 
 # ---- the ratio by sampler -----------------------------------------------------------------------------------------------------------
@@ -254,7 +263,7 @@ SAMPLERS = [("em", 15), ("em", 30), ("em", 60), ("em", 120), ("pc", 30), ("pc", 
 SAMPLER_N = 500
 
 
-def sampler_trial(method, sampler, steps, out, data_root):
+def sampler_trial(method, sampler, steps, n, name, out, data_root):
     data = sgu.choose(sgu.load_data("mnist", data_root), FORGET)
     judge, (_, half) = judge_and_halves(data)
     (model, sde), calls, start = sgu.load_model(here / f"results/mnist_{method}.pt"), [], time.time()
@@ -263,14 +272,14 @@ def sampler_trial(method, sampler, steps, out, data_root):
     def counted(x, t):
         calls.append(len(x))
         return score(x, t)
-    draw = lambda seed: sgu.to_levels(sgu.SAMPLERS[sampler](counted, sde, (SAMPLER_N // 2, 1, 28, 28), steps=steps, generator=torch.Generator().manual_seed(seed)))
+    draw = lambda seed: sgu.to_levels(sgu.SAMPLERS[sampler](counted, sde, (n // 2, 1, 28, 28), steps=steps, generator=torch.Generator().manual_seed(seed)))
     x = torch.cat([draw(11), draw(12)])
     return dict(measure_images(x, judge, half), method=method, sampler=sampler, steps=steps, evaluations=len(calls) // 2, seconds=round(time.time() - start, 1))
 
 
 def samplers(out, data_root):
-    jobs = {f"sampler-{m}-{s}-{n}": (m, s, n, out, data_root) for s, n in SAMPLERS for m in ("standard", "orthogonal", "obtuse", "relative", "unseen")}
-    done = attempt_all(sampler_trial, jobs, out)
+    jobs = {f"sampler-{m}-{s}-{n}": (m, s, n, SAMPLER_N) for s, n in SAMPLERS for m in ("standard", "orthogonal", "obtuse", "relative", "unseen")}
+    done = attempt_all(sampler_trial, jobs, out, data_root)
     return dict(config=dict(samplers=SAMPLERS, n=SAMPLER_N, forget=FORGET), rows=[done[name] for name in jobs])
 
 
