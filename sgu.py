@@ -1163,12 +1163,12 @@ METHODS = dict(             # name: (what it is trained on, forget loss, its def
     obtuse=("D_g, D_f", obtuse_loss, 0.85, BRIEF),
     relative=("D_g, D_f", relative_loss, 0.55, LONG),              # ours: obtuse relative to Standard
     finetune=("D_g", None, 1.0, LONG),                             # the rivals: see section 3 and train()
-    neggrad=("D_g, D_f", neggrad_loss, 0.97, SQUARES),
+    neggrad=("D_g, D_f", neggrad_loss, 0.95, SQUARES),
     siss=("D_g, D_f", neggrad_loss, 0.9, SQUARES),              # 1 - alpha: the forget gradient's share of the keep gradient
     erasediff=("D_g, D_f", erasediff_loss, 0.9, SQUARES),
     erasediff_zero=("D_g, D_f", erasediff_zero_loss, 0.9, SQUARES),
     salun=("D_g, D_f", obtuse_loss, 0.85, BRIEF),
-    fisher=("D_g, D_f", neggrad_loss, 0.97, SQUARES),
+    fisher=("D_g, D_f", neggrad_loss, 0.95, SQUARES),
 )
 TITLES = dict(standard="Standard", unseen="Unseen", orthogonal="SGU-Orthogonal", obtuse="SGU-Obtuse", relative="SGU-Relative", finetune="fine-tuning",
               neggrad="NegGrad+", siss="SISS", erasediff="EraseDiff", erasediff_zero="EraseDiff, mean 0", salun="SalUn mask, obtuse", fisher="NegGrad+, Fisher")

@@ -59,6 +59,13 @@ def judge_and_halves(data):
     return judge, [dict(data, test=data["test"][i::2], test_labels=data["test_labels"][i::2]) for i in (0, 1)]
 
 
+def judge_facts(data_root):
+    """What the judge is worth on the half of the final figures: its accuracy, and its floor, the forgotten classes it sees in real D_g images."""
+    judge, (_, half) = judge_and_halves(sgu.choose(sgu.load_data("mnist", data_root), FORGET))
+    label, gone = sgu.opinions(judge, half["test"])[0].argmax(1), sgu.is_forgotten(half, "test")
+    return dict(test_accuracy=float((label == half["test_labels"]).float().mean()), floor=float(torch.isin(label[~gone], torch.tensor(half["forget"])).float().mean()))
+
+
 def measure_images(images, judge, data):
     """What sgu.judged says, and frechet_all: the distance of all samples, forgotten ones among them, to real images to keep."""
     probs, features = sgu.opinions(judge, images)
@@ -170,7 +177,7 @@ def mean_and_spread(values):
 
 def compare(domain, out, data_root):
     """Tuning, then three seeds of the chosen settings; writes and returns the results."""
-    trial, settings, begin = dict(mnist=mnist_trial, toy=toy_trial)[domain], SETTINGS[domain], time.time()
+    trial, settings = dict(mnist=mnist_trial, toy=toy_trial)[domain], SETTINGS[domain]
     name = lambda method, i, seed, final: f"{domain}-{'final' if final else 'tune'}-{method}-{i}-{seed}"
     job = lambda method, i, seed, final: (name(method, i, seed, final), (method, settings[method][i] if method in settings else None, seed, final, SIZE[domain]))
     if domain == "toy":
@@ -196,7 +203,8 @@ def compare(domain, out, data_root):
                               **{key: mean_and_spread([run[key] for run in runs]) for key in ("unsure", DISTANCE[domain] + "_kept", DISTANCE[domain] + "_all") if runs[0].get(key) is not None},
                               **{key: mean_and_spread([run["nll_bits_per_dim"][key] for run in runs]) for key in ("D_g", "D_f")})
     return dict(config=dict(domain=domain, forget=FORGET if domain == "mnist" else "middle", settings=settings, tuning_seed=TUNING_SEED, seeds=SEEDS, **SIZE[domain]),
-                tuning=tuned, methods=methods, seconds_of_this_call=round(time.time() - begin, 1))
+                tuning=tuned, methods=methods,
+                seconds={key: round(sum(e["seconds"][key] for e in (*tuning.values(), *final.values()) if "seconds" in e), 1) for key in ("train", "measure")})
 
 
 def make_table(results):
@@ -215,7 +223,42 @@ def make_table(results):
     return "\n".join(lines) + (f"\n\n{results['device']}; `{results['command']}`. Mean ± standard deviation of seeds {', '.join(map(str, config['seeds']))} of fine-tuning and sampling (Standard and Unseen, one network "
                                f"each: of sampling); n = {config['samples']} samples and {config['likelihood_samples']} + {config['likelihood_samples']} likelihoods (bits/dim) a seed; "
                                f"{2 * config['steps']} gradients of a batch of {config['batch_size']} each. Chosen from three settings with seed {config['tuning_seed']}, n = {config['tuning_samples']}, "
-                               f"by {'the distance to other test images' if config['domain'] == 'mnist' else 'the distance to other draws'}.\n")
+                               f"by {'the distance to other test images' if config['domain'] == 'mnist' else 'the distance to other draws'}."
+                               + (" " + judge_words(results["judge"]) if "judge" in results else "") + "\n")
+
+
+def judge_words(judge):
+    return f"Judge: our own CNN, test accuracy {100 * judge['test_accuracy']:.2f}%, floor {100 * judge['floor']:.2f}%."
+
+
+def frontier(results):
+    """Left: what is left against damage, small and pale for the settings that were tried; right: against the NLL of D_g. Bars: sd over seeds."""
+    import matplotlib.pyplot as plt
+    import style
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), sharey=True)
+    distance = DISTANCE[results["config"]["domain"]] + "_kept"
+    for m, entry in results["methods"].items():
+        for tried in results["tuning"].get(m, ()):
+            if tried.get(distance) is not None:
+                axes[0].plot(tried[distance], 100 * tried["unlearning_ratio"]["total"], style.MARKER[m], color=style.COLOUR[m], alpha=0.3, ms=3.5)
+        for ax, key in zip(axes, (distance, "D_g")):
+            if "ratio" in entry:
+                ax.errorbar(entry[key]["mean"], 100 * entry["ratio"]["mean"], 100 * entry["ratio"]["sd"], entry[key]["sd"], marker=style.MARKER[m], color=style.COLOUR[m],
+                            ms=7, lw=0.8, ls="", label=sgu.TITLES[m], zorder=3)
+    name = dict(frechet_kept="Fréchet distance of kept samples", energy_kept="energy distance of kept samples")[distance]
+    axes[0].set(xlabel="damage: " + name, ylabel="left: unlearning ratio, %", title="down and to the left is better")
+    axes[1].set(xlabel="NLL of D_g, bits/dim")
+    if distance == "energy_kept":
+        axes[0].set_xscale("symlog", linthresh=0.01)                        # an unbiased estimate of 0 may be negative
+    else:
+        axes[0].set_xscale("log")
+        axes[0].set_xticks((10, 20, 50, 100), labels=("10", "20", "50", "100"))
+        axes[0].minorticks_off()
+    for ax in axes:
+        ax.grid()
+    axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
 
 
 # ---- is it forgotten or hidden? -----------------------------------------------------------------------------------------------------
@@ -299,8 +342,13 @@ def main(argv=None):
     results.update(command=f"python notebooks/rivals.py {opt.experiment}", device=f"{sgu.describe(torch.device('cpu')).rsplit(',', 1)[0]}, {os.cpu_count()} processes of 1 thread",
                    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     name = dict(toy="rivals-toy", mnist="rivals-mnist-3,7", relearn="relearn-mnist-3,7", samplers="samplers-mnist-3,7")[opt.experiment]
+    if opt.experiment != "toy":
+        results["judge"] = judge_facts(opt.data_root)
+    if opt.experiment in ("toy", "mnist"):
+        results["markdown"] = make_table(results)
+        print(results["markdown"])
+        frontier(results).savefig(here / "results" / f"{name}.png")
     sgu.save_json(here / "results" / f"{name}.json", results)
-    print(make_table(results) if opt.experiment in ("toy", "mnist") else f"results/{name}.json")
 
 
 if __name__ == "__main__":
