@@ -332,8 +332,8 @@ def relative_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=N
 
     reference: Standard's score(x, t). In the mean over z descending it moves e by -(e_f - e_ref): not at all where D_f and D call for
     the same noise. It is NegGrad made linear at the reference, and bounded because e_ref comes close to e_f wherever p_f dominates.
-    Its optimum with the keep loss, e_g - (R/2)(e_f - e_ref), is classifier guidance without a classifier: score = score_g + w grad log P(g | x_t), w = (1 - alpha)/(2 alpha) |D_g|/|D_f|,
-    for equal keep and forget weights (notebook 8).
+    Its optimum with the keep loss, e_g - (R/2)(e_f - e_ref), is classifier guidance without a classifier:
+    score = score_g + w grad log P(g | x_t), w = (1 - alpha)/(2 alpha) |D_g|/|D_f|, for equal keep and forget weights (notebook 8).
     """
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
     with torch.no_grad():
@@ -1325,8 +1325,12 @@ def recipe(method, opt):
         how.update(steps=opt.unlearn_steps or max(1, round(share * opt.steps)), lr=opt.unlearn_lr or pace * opt.lr)
     if opt.forget_window:
         return dict(how, window=list(map(float, opt.forget_window.split(","))))
-    sde = make_sde(opt.sde)
-    return dict(how, window=[float(sde.time(torch.tensor(s, dtype=torch.float64))) if s > 0 else 0. for s in sigmas])
+    return dict(how, window=window_times(make_sde(opt.sde), sigmas))
+
+
+def window_times(sde, sigmas):
+    """The times [lo, hi] at which the noise level is sigmas = (lo, hi); sigma 0 is t = 0."""
+    return [float(sde.time(torch.tensor(s, dtype=torch.float64))) if s > 0 else 0. for s in sigmas]
 
 
 def make_sde(name):

@@ -78,7 +78,7 @@ def mnist_trial(method, setting, seed, final, size, name, out, data_root):
     folder, ready = out / name, setting is None
     shutil.rmtree(folder, ignore_errors=True)                               # what another setting may have left
     alpha, pace, sigmas = setting or (None, 1.0, WIDE)
-    window = [float(sgu.VE().time(torch.tensor(sigma, dtype=torch.float64))) if sigma else 0. for sigma in sigmas]
+    window = sgu.window_times(sgu.VE(), sigmas)
     opt, device, data = sgu.resolve(sgu.Options(
         dataset="mnist", forget=FORGET, methods="standard" if ready else f"standard,{method}", pretrained=str(here / "results/mnist_standard.pt"), alpha=alpha, forget_window=f"{window[0]},{window[1]}",
         unlearn_steps=steps_of(method, size), unlearn_lr=pace * size["lr"], batch_size=size["batch_size"], samples=size["samples" if final else "tuning_samples"],
@@ -89,8 +89,8 @@ def mnist_trial(method, setting, seed, final, size, name, out, data_root):
         model = sgu.load_model(here / f"results/mnist_{method}.pt")[0]
     else:
         config = dict(seed=seed, network=data["network"])
-        for name in ("standard", method):
-            model, how = sgu.get_model(name, folder, data, opt, config, device, quiet, quiet)
+        for stage in ("standard", method):
+            model, how = sgu.get_model(stage, folder, data, opt, config, device, quiet, quiet)
     score, trained = sgu.make_score(model, sde), time.time()
     entry = measure_images(sgu.get_samples(method, score, sde, folder, halves[final], opt, device, quiet, quiet), judge, halves[final])
     if final:
@@ -104,25 +104,29 @@ def energy_distance(x, y):
     return 2 * float(torch.cdist(x, y).mean(dtype=torch.float64)) - within(x) - within(y)
 
 
+def toy_training():
+    """x_g: (40000, 2), x_f: (10000, 2), the same for Standard and for whatever starts from it."""
+    g = torch.Generator().manual_seed(0)
+    return toy_gmm.sample_mixture(toy_gmm.KEEP, 40000, g), toy_gmm.sample_mixture(toy_gmm.FORGET, 10000, g)
+
+
 def toy_trial(method, setting, seed, final, size, name, out, data_root):
     """The same on the three Gaussians, where likelihoods are exact and the share of the middle mode needs no judge."""
     sde, std = toy_gmm.SDE, toy_gmm.DATA_STD
     base = "unseen" if method == "unseen" else "standard"
-    g = torch.Generator().manual_seed(0)
-    training = toy_gmm.sample_mixture(toy_gmm.KEEP, 40000, g), toy_gmm.sample_mixture(toy_gmm.FORGET, 10000, g)
     model = toy_gmm.ToyNet()
     model.load_state_dict(torch.load(out / f"toy-{base}.pt", weights_only=True))
     start, alpha, how = time.time(), 1.0, None
     if setting:
         (alpha, pace, _), loss = setting, sgu.METHODS[method][1]
-        ema, keep, forget = copy.deepcopy(model).requires_grad_(False), training[0], training[1] if loss else None
+        ema, (keep, forget) = copy.deepcopy(model).requires_grad_(False), toy_training()
         if method == "relative":
             loss = functools.partial(loss, reference=sgu.make_score(copy.deepcopy(ema), sde, std))
         edit = (sgu.saliency_mask(model, sde, forget, loss, seed=seed, data_std=std) if method == "salun" else
                 sgu.fisher_penalty(model, sde, keep, seed=seed, data_std=std) if method == "fisher" else None)
         how = dict(alpha=alpha, steps=steps_of(method, size), lr=pace * size["lr"])
         even = sgu.keep_weight(sde, std)                                # the same weight on both losses, as in toy_gmm.py
-        for info in sgu.train(model, ema, sde, keep, forget, loss, alpha, steps=how["steps"], lr=how["lr"], batch_size=size["batch_size"], warmup=how["steps"] // 20 + 1,
+        for info in sgu.train(model, ema, sde, keep, forget if loss else None, loss, alpha, steps=how["steps"], lr=how["lr"], batch_size=size["batch_size"], warmup=how["steps"] // 20 + 1,
                               ema_decay=0.99, data_std=std, forget_weighting=even, seed=seed, forget_ratio=1 - alpha if method == "siss" else None, edit_gradient=edit):
             pass
         model = ema
@@ -181,11 +185,9 @@ def compare(domain, out, data_root):
     name = lambda method, i, seed, final: f"{domain}-{'final' if final else 'tune'}-{method}-{i}-{seed}"
     job = lambda method, i, seed, final: (name(method, i, seed, final), (method, settings[method][i] if method in settings else None, seed, final, SIZE[domain]))
     if domain == "toy":
-        g = torch.Generator().manual_seed(0)
-        training = toy_gmm.sample_mixture(toy_gmm.KEEP, 40000, g), toy_gmm.sample_mixture(toy_gmm.FORGET, 10000, g)
         for base in ("standard", "unseen"):
             if not (out / f"toy-{base}.pt").exists():
-                for info in toy_gmm.train_toy(base, *training):
+                for info in toy_gmm.train_toy(base, *toy_training()):
                     pass
                 sgu.replace_file(out / f"toy-{base}.pt", lambda p: torch.save(info["snapshot"]()["ema"], p))
     tuning = attempt_all(trial, dict(job(m, i, TUNING_SEED, False) for i in range(3) for m in settings), out, data_root)
@@ -295,8 +297,8 @@ def relearn(out, data_root):
         raise sgu.UsageError(f"no network of {', '.join(missing)} in {out}: run  python notebooks/rivals.py mnist  first, with the same --out")
     found.update(unseen=here / "results/mnist_unseen.pt", standard=here / "results/mnist_standard.pt")
     done = attempt_all(relearn_trial, {f"relearn-{m}": (m, str(file), RELEARN) for m, file in found.items()}, out, data_root)
-    labels = sgu.load_data("mnist", data_root)["train_labels"]
-    return dict(config=dict(RELEARN, forget=FORGET, share_of_data=float(((labels == 3) | (labels == 7)).float().mean())),
+    gone = sgu.is_forgotten(sgu.choose(sgu.load_data("mnist", data_root), FORGET), "train")
+    return dict(config=dict(RELEARN, forget=FORGET, share_of_data=float(gone.float().mean())),
                 methods={m: dict(shares=done[f"relearn-{m}"]["shares"]) for m in found})
 
 
