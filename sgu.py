@@ -1173,19 +1173,19 @@ METHODS = dict(             # name: (what it is trained on, forget loss, its def
 TITLES = dict(standard="Standard", unseen="Unseen", orthogonal="SGU-Orthogonal", obtuse="SGU-Obtuse", relative="SGU-Relative", finetune="fine-tuning",
               neggrad="NegGrad+", siss="SISS", erasediff="EraseDiff", erasediff_zero="EraseDiff, mean 0", salun="SalUn mask, obtuse", fisher="NegGrad+, Fisher")
 SAMPLERS = dict(em=euler_maruyama, pc=predictor_corrector, ode=ode_sample, ancestral=ancestral_sample)
-SAMPLER_STEPS = dict(em=60, pc=50, ode=20, ancestral=None)
+EVALUATIONS = dict(em=1, pc=2, ode=2, ancestral=1)                  # of the network in one step
 
 TASKS = ("sample", "likelihood", "inpaint", "reconstruct")
 
-# What fits a machine. side of the image, kind of device -> network, training and how much to measure.
+# What fits a machine. side of the image, kind of device -> network, training, how much to measure, network evaluations a sample.
 PRESETS = {
-    ("glyphs", "cpu"): dict(channels=(16, 32), patch=2, blocks=1, steps=1150, batch_size=64, lr=8e-3, samples=400, likelihood_samples=20, judge=(8, 3)),
-    (28, "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=5000, batch_size=64, lr=5e-3, samples=2000, likelihood_samples=100, judge=(8, 5)),
-    (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, likelihood_samples=1000, judge=(32, 8)),
-    (32, "cpu"): dict(channels=(48, 96), patch=2, blocks=1, steps=3000, batch_size=64, lr=3e-3, samples=1000, likelihood_samples=64, judge=(16, 10)),
-    (32, "gpu"): dict(channels=(128, 256, 256), patch=1, blocks=2, steps=60000, batch_size=256, lr=5e-4, samples=10000, likelihood_samples=1000, judge=(64, 24)),
-    (64, "cpu"): dict(channels=(48, 96, 192), patch=4, blocks=1, steps=3000, batch_size=64, lr=2e-3, samples=500, likelihood_samples=32, judge=(16, 10)),
-    (64, "gpu"): dict(channels=(128, 256, 256, 256), patch=2, blocks=2, steps=60000, batch_size=128, lr=5e-4, samples=10000, likelihood_samples=1000, judge=(64, 30)),
+    ("glyphs", "cpu"): dict(channels=(16, 32), patch=2, blocks=1, steps=1150, batch_size=64, lr=8e-3, samples=400, evaluations=60, likelihood_samples=20, judge=(8, 3)),
+    (28, "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=5000, batch_size=64, lr=5e-3, samples=2000, evaluations=120, likelihood_samples=100, judge=(8, 5)),
+    (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, evaluations=120, likelihood_samples=1000, judge=(32, 8)),
+    (32, "cpu"): dict(channels=(48, 96), patch=2, blocks=1, steps=2000, batch_size=64, lr=3e-3, samples=500, evaluations=100, likelihood_samples=64, judge=(16, 10)),
+    (32, "gpu"): dict(channels=(128, 256, 256), patch=1, blocks=2, steps=60000, batch_size=256, lr=5e-4, samples=10000, evaluations=500, likelihood_samples=1000, judge=(64, 24)),
+    (64, "cpu"): dict(channels=(48, 96, 192), patch=4, blocks=1, steps=3000, batch_size=64, lr=2e-3, samples=500, evaluations=100, likelihood_samples=32, judge=(16, 10)),
+    (64, "gpu"): dict(channels=(128, 256, 256, 256), patch=2, blocks=2, steps=60000, batch_size=128, lr=5e-4, samples=10000, evaluations=500, likelihood_samples=1000, judge=(64, 30)),
 }
 
 
@@ -1211,7 +1211,7 @@ class Options:
     lr: float = option(None, "peak learning rate of Adam")
     unlearn_lr: float = option(None, "peak learning rate of the fine-tuning (default: the method's own, --lr or half of it)")
     sampler: str = option(None, "em, pc, ode, or ancestral (default em, for ddpm ancestral)", choices=tuple(SAMPLERS))
-    sampler_steps: int = option(None, "sampler steps (default %s)" % ", ".join(f"{k} {v or 1000}" for k, v in SAMPLER_STEPS.items()))
+    sampler_steps: int = option(None, "sampler steps (default: what the evaluations in PRESETS allow)")
     samples: int = option(None, "images to draw from each model")
     likelihood_samples: int = option(None, "test images of D_g and of D_f whose likelihood is computed; as many are inpainted and reconstructed")
     judge: str = option("cnn", "who judges: our own network trained on the data, or CLIP through open_clip where it is installed", choices=("cnn", "clip"))
@@ -1295,7 +1295,7 @@ def resolve(opt):
     side, kind = data["train"].shape[2], "cpu" if opt.device == "cpu" else "gpu"
     preset = PRESETS.get((data["name"], kind)) or PRESETS[28 if side <= 28 else 32 if side <= 32 else 64, kind]
     if opt.sampler_steps is None:
-        opt.sampler_steps = SAMPLER_STEPS[opt.sampler] or DDPM().n_steps
+        opt.sampler_steps = preset["evaluations"] // EVALUATIONS[opt.sampler]
     for name in ("steps", "batch_size", "lr", "samples", "likelihood_samples"):
         if getattr(opt, name) is None:
             setattr(opt, name, preset[name])

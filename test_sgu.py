@@ -1903,7 +1903,7 @@ def test_real_open_clip():
 # 10. The command. Runs are made small: tiny networks, few glyphs, few steps; nothing else is changed
 # =====================================================================================================================
 
-TINY = dict(channels=(8, 16), patch=2, blocks=1, steps=6, batch_size=16, lr=2e-3, samples=8, likelihood_samples=2, judge=(4, 1))
+TINY = dict(channels=(8, 16), patch=2, blocks=1, steps=6, batch_size=16, lr=2e-3, samples=8, evaluations=6, likelihood_samples=2, judge=(4, 1))
 QUICK = ["--sampler", "ode", "--sampler-steps", "2"]
 FIVE = ("standard", "unseen", "orthogonal", "obtuse", "relative")          # the default of --methods
 
@@ -2364,6 +2364,18 @@ def test_pretrained(tmp_path, small, capsys, no_pictures, monkeypatch, finished)
     assert results_of(tmp_path / "b")["config"]["network"]["channels"] == [8, 16]
     again = tmp_path / "b" / "standard.pt"                     # --fresh does not delete the file that it is to start from
     assert command(capsys, *argv, "--pretrained", again, "--out", tmp_path / "b", "--fresh")[0] == 0 and equal_weights(again, standard)
+
+
+@pytest.mark.parametrize("argv, steps", [((), 6), (("--sampler", "pc"), 3), (("--sampler", "ode"), 3), (("--sde", "ddpm"), 6), (("--sampler", "pc", "--sampler-steps", "5"), 5)])
+def test_samplers_cost_the_same_by_default(argv, steps, tmp_path, small, monkeypatch):
+    """As many evaluations of the network as the preset allows, counted in a real call; one more to denoise, none for the DDPM's own sampler."""
+    opt, _, data = sgu.resolve(sgu.parse_options([*argv, "--device", "cpu", "--out", str(tmp_path)]))
+    calls = []
+    def score(x, t):
+        calls.append(len(x))
+        return -x
+    sgu.SAMPLERS[opt.sampler](score, sgu.make_sde(opt.sde), (1, 2), steps=opt.sampler_steps, generator=torch.Generator().manual_seed(0))
+    assert opt.sampler_steps == steps and len(calls) == steps * (2 if opt.sampler in ("pc", "ode") else 1) + (opt.sampler != "ancestral")
 
 
 def test_pretrained_that_will_not_do(tmp_path, small, capsys, finished):

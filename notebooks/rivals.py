@@ -1,9 +1,10 @@
-"""Experiments of notebooks 09 and 10 that take longer than a notebook should. Run from the repository's top folder.
+"""Experiments of notebooks 07, 09 and 10 that take longer than a notebook should. Run from the repository's top folder.
 
     python notebooks/rivals.py toy                      all methods on the three Gaussians     -> results/rivals-toy.json
     python notebooks/rivals.py mnist --data-root data   all methods on MNIST, forget 3 and 7   -> results/rivals-mnist-3,7.json
     python notebooks/rivals.py relearn                  how fast do 100 images bring 3 and 7 back?    -> results/relearn-mnist-3,7.json
     python notebooks/rivals.py samplers                 the ratio by sampler and number of steps      -> results/samplers-mnist-3,7.json
+    python notebooks/rivals.py seeds                    VE and VP, fine-tuned and re-trained, three seeds    -> results/seeds-mnist-3,7.json
 
 Every trial is a file in --out (default runs/rivals); a run that was stopped goes on. relearn needs the networks of mnist in --out.
 
@@ -42,6 +43,7 @@ SIZE = dict(mnist=dict(steps=200, batch_size=64, lr=5e-3, tuning_samples=300, sa
             toy=dict(steps=500, batch_size=512, lr=6e-3, tuning_samples=10000, samples=5000, likelihood_samples=1000))
 FORGET = "3,7"
 DISTANCE = dict(mnist="frechet", toy="energy")
+QUIET = lambda *_: None                                                 # for the command's callbacks: stage times, interruptions
 
 
 # ---- one trial on each domain: a method, a setting, a seed -> a dict of figures -----------------------------------------------------
@@ -73,6 +75,13 @@ def measure_images(images, judge, data):
     return dict(sgu.judged(probs, features, data, reference), frechet_all=sgu.frechet(features, reference))
 
 
+def measure_network(method, model, sde, folder, judge, data, opt, likelihood):
+    """Sample, judge and, if asked, compute likelihoods, as the command does."""
+    score, cpu = sgu.make_score(model, sde), torch.device("cpu")
+    entry = measure_images(sgu.get_samples(method, score, sde, folder, data, opt, cpu, QUIET, QUIET), judge, data)
+    return dict(entry, nll_bits_per_dim=sgu.measure_likelihood(method, score, sde, folder, data, opt, cpu, QUIET, QUIET)) if likelihood else entry
+
+
 def mnist_trial(method, setting, seed, final, size, name, out, data_root):
     """Unlearn, sample, judge; likelihoods only for the final figures. standard and unseen are the committed networks as they are."""
     folder, ready = out / name, setting is None
@@ -84,17 +93,15 @@ def mnist_trial(method, setting, seed, final, size, name, out, data_root):
         unlearn_steps=steps_of(method, size), unlearn_lr=pace * size["lr"], batch_size=size["batch_size"], samples=size["samples" if final else "tuning_samples"],
         likelihood_samples=size["likelihood_samples"], seed=seed, device="cpu", data_root=data_root, out=str(folder)))
     judge, halves = judge_and_halves(data)
-    sde, quiet, start = sgu.make_sde(opt.sde), lambda *_: None, time.time()
+    sde, start = sgu.make_sde(opt.sde), time.time()
     if ready:
         model = sgu.load_model(here / f"results/mnist_{method}.pt")[0]
     else:
         config = dict(seed=seed, network=data["network"])
         for stage in ("standard", method):
-            model, how = sgu.get_model(stage, folder, data, opt, config, device, quiet, quiet)
-    score, trained = sgu.make_score(model, sde), time.time()
-    entry = measure_images(sgu.get_samples(method, score, sde, folder, halves[final], opt, device, quiet, quiet), judge, halves[final])
-    if final:
-        entry["nll_bits_per_dim"] = sgu.measure_likelihood(method, score, sde, folder, halves[final], opt, device, quiet, quiet)
+            model, how = sgu.get_model(stage, folder, data, opt, config, device, QUIET, QUIET)
+    trained = time.time()
+    entry = measure_network(method, model, sde, folder, judge, halves[final], opt, likelihood=final)
     return dict(entry, recipe=None if ready else how, seconds=dict(train=round(trained - start, 1), measure=round(time.time() - trained, 1)))
 
 
@@ -179,6 +186,22 @@ def mean_and_spread(values):
     return dict(mean=float(v.mean()), sd=float(v.std()) if len(v) > 1 else None, values=values)
 
 
+def spreads(runs, keys):
+    """Figures of a method under several seeds -> mean and spread of the ratio, of keys and of both likelihoods; the pooled interval."""
+    k, n = (sum(round(run["unlearning_ratio"][key] * (run["unlearning_ratio"]["n"] if key == "total" else 1)) for run in runs) for key in ("total", "n"))
+    return dict(ratio=mean_and_spread([run["unlearning_ratio"]["total"] for run in runs]), pooled=dict(n=n, ci95=sgu.wilson(k, n)),
+                **{key: mean_and_spread([run[key] for run in runs]) for key in keys if runs[0].get(key) is not None},
+                **{key: mean_and_spread([run["nll_bits_per_dim"][key] for run in runs]) for key in ("D_g", "D_f")})
+
+
+def spread_cell(entry, key):
+    """mean ± sd of one figure, for a table."""
+    if key not in entry:
+        return "-"
+    scale, digits = (100, 1) if key in ("ratio", "unsure") else (1, 4 if "energy" in key else 2)
+    return f"{scale * entry[key]['mean']:.{digits}f} ± {scale * entry[key]['sd']:.{digits}f}"
+
+
 def compare(domain, out, data_root):
     """Tuning, then three seeds of the chosen settings; writes and returns the results."""
     trial, settings = dict(mnist=mnist_trial, toy=toy_trial)[domain], SETTINGS[domain]
@@ -200,10 +223,7 @@ def compare(domain, out, data_root):
         runs = [final[name(m, chosen.get(m, 0), seed, True)] for seed in SEEDS]
         methods[m] = dict(setting=chosen.get(m), sigmas=settings[m][chosen[m]][2] if m in settings else None, recipe=runs[0].get("recipe"), runs=runs)
         if not any("error" in run for run in runs):
-            k, n = (sum(round(run["unlearning_ratio"][key] * (run["unlearning_ratio"]["n"] if key == "total" else 1)) for run in runs) for key in ("total", "n"))
-            methods[m].update(ratio=mean_and_spread([run["unlearning_ratio"]["total"] for run in runs]), pooled=dict(n=n, ci95=sgu.wilson(k, n)),
-                              **{key: mean_and_spread([run[key] for run in runs]) for key in ("unsure", DISTANCE[domain] + "_kept", DISTANCE[domain] + "_all") if runs[0].get(key) is not None},
-                              **{key: mean_and_spread([run["nll_bits_per_dim"][key] for run in runs]) for key in ("D_g", "D_f")})
+            methods[m].update(spreads(runs, ("unsure", DISTANCE[domain] + "_kept", DISTANCE[domain] + "_all")))
     return dict(config=dict(domain=domain, forget=FORGET if domain == "mnist" else "middle", settings=settings, tuning_seed=TUNING_SEED, seeds=SEEDS, **SIZE[domain]),
                 tuning=tuned, methods=methods,
                 seconds={key: round(sum(e["seconds"][key] for e in (*tuning.values(), *final.values()) if "seconds" in e), 1) for key in ("train", "measure")})
@@ -217,16 +237,64 @@ def make_table(results):
     lines = ["| method | alpha, rate, window σ | " + " | ".join(titles[k] for k in keys) + " |", "|---|---|" + "---:|" * len(keys)]
     for m, entry in results["methods"].items():
         how = entry["recipe"]
-        def cell(k):
-            scale, digits = (100, 1) if k in ("ratio", "unsure") else (1, 4 if "energy" in k else 2)
-            return f"{scale * entry[k]['mean']:.{digits}f} ± {scale * entry[k]['sd']:.{digits}f}" if k in entry else "-"
         lines.append(f"| {sgu.TITLES[m]} | {'' if how is None else format(how['lr'], '.2g') if m == 'finetune' else '{}, {:.2g}, {:g} to {:g}'.format(how['alpha'], how['lr'], *entry['sigmas'])} | "
-                     + " | ".join(map(cell, keys)) + " |")
+                     + " | ".join(spread_cell(entry, k) for k in keys) + " |")
     return "\n".join(lines) + (f"\n\n{results['device']}; `{results['command']}`. Mean ± standard deviation of seeds {', '.join(map(str, config['seeds']))} of fine-tuning and sampling (Standard and Unseen, one network "
                                f"each: of sampling); n = {config['samples']} samples and {config['likelihood_samples']} + {config['likelihood_samples']} likelihoods (bits/dim) a seed; "
                                f"{2 * config['steps']} gradients of a batch of {config['batch_size']} each. Chosen from three settings with seed {config['tuning_seed']}, n = {config['tuning_samples']}, "
                                f"by {'the distance to other test images' if config['domain'] == 'mnist' else 'the distance to other draws'}."
                                + (" " + judge_words(results["judge"]) if "judge" in results else "") + "\n")
+
+
+# ---- fine-tuned or re-trained, VE or VP, by seed ------------------------------------------------------------------------------------
+
+SEED_SIZE = dict(steps=1500, batch_size=64, samples=500, sampler_steps=120, likelihood_samples=50)
+SEED_ROWS = dict(finetune=("standard", "unseen", "orthogonal", "obtuse", "relative"), retrain=("orthogonal", "obtuse"))
+
+
+def seeds_trial(sde, training, seed, size, name, out, data_root):
+    """Everything with its own seed, from the first random weight: {"methods": {name: figures}} by sgu.py's own recipes."""
+    folder, methods = out / name, SEED_ROWS[training]
+    opt, device, data = sgu.resolve(sgu.Options(dataset="mnist", forget=FORGET, methods=",".join(methods), training=training, sde=sde, seed=seed, device="cpu",
+                                                data_root=data_root, out=str(folder), **size))
+    (judge, (_, half)), config, entries = judge_and_halves(data), dict(seed=seed, network=data["network"], **size), {}
+    for method in methods:
+        start = time.time()
+        model, how = sgu.get_model(method, folder, data, opt, config, device, QUIET, QUIET)
+        trained = time.time()
+        entries[method] = dict(measure_network(method, model, sgu.make_sde(sde), folder, judge, half, opt, likelihood=True), recipe=how,
+                               seconds=dict(train=round(trained - start, 1), measure=round(time.time() - trained, 1)))
+    return dict(methods=entries, unlearning_ratio=entries[methods[-1]]["unlearning_ratio"])
+
+
+def seeds(out, data_root):
+    jobs = {f"seeds-{sde}-{training}-{seed}": (sde, training, seed, SEED_SIZE) for seed in SEEDS for sde in ("ve", "vp") for training in ("retrain", "finetune")}
+    done, rows = attempt_all(seeds_trial, jobs, out, data_root), []
+    for sde in ("ve", "vp"):
+        for training, methods in SEED_ROWS.items():
+            for m in methods:
+                runs = [done[f"seeds-{sde}-{training}-{seed}"] for seed in SEEDS]
+                if errors := [run["error"] for run in runs if "error" in run]:
+                    rows.append(dict(sde=sde, training=training, method=m, errors=errors))
+                    continue
+                runs = [run["methods"][m] for run in runs]
+                rows.append(dict(sde=sde, training=training if sgu.METHODS[m][1] else "-", method=m, runs=runs, **spreads(runs, ("unsure", "frechet_kept"))))
+    return dict(config=dict(SEED_SIZE, seeds=SEEDS, forget=FORGET), rows=rows)
+
+
+def seeds_table(results):
+    """The rows of seeds-mnist-3,7.json -> Markdown, the paper's Table 2 and Table 5 by seeds."""
+    config, keys = results["config"], dict(ratio="ratio, %", unsure="unsure, %", frechet_kept="Fréchet, kept", D_g="NLL D_g", D_f="NLL D_f")
+    lines = ["| schedule | method | made by | training steps | " + " | ".join(keys.values()) + " |", "|---|---|---|---:|" + "---:|" * len(keys)]
+    for row in results["rows"]:
+        if "errors" in row:
+            lines.append(f"| {row['sde'].upper()} | {sgu.TITLES[row['method']]} | {row['training']} | stopped: {row['errors'][0]} |")
+            continue
+        how = {"-": "training", "retrain": "re-training", "finetune": "fine-tuning"}[row["training"]]
+        lines.append(f"| {row['sde'].upper()} | {sgu.TITLES[row['method']]} | {how} | {row['runs'][0]['recipe']['steps']} | " + " | ".join(spread_cell(row, k) for k in keys) + " |")
+    return "\n".join(lines) + (f"\n\n{results['device']}; `{results['command']}`. Mean ± standard deviation of seeds {', '.join(map(str, config['seeds']))}, each from its own first weights; "
+                               f"n = {config['samples']} samples (em, {config['sampler_steps']} steps) and {config['likelihood_samples']} + {config['likelihood_samples']} likelihoods (bits/dim) a seed. "
+                               f"Standard and Unseen have {config['steps']} steps of {config['batch_size']}, fewer than the command's. " + judge_words(results["judge"]) + "\n")
 
 
 def judge_words(judge):
@@ -265,7 +333,7 @@ def frontier(results):
 
 # ---- is it forgotten or hidden? -----------------------------------------------------------------------------------------------------
 
-RELEARN = dict(images=100, steps=(0, 5, 10, 20, 40, 80), lr=1e-3, batch_size=64, samples=100)
+RELEARN = dict(images=100, steps=(0, 5, 10, 20, 40, 80), lr=1e-3, batch_size=64, samples=100, sampler_steps=60)
 
 
 def relearn_trial(method, path, how, name, out, data_root):
@@ -277,7 +345,7 @@ def relearn_trial(method, path, how, name, out, data_root):
     few = data["train"][sgu.is_forgotten(data, "train")][:how["images"]]
 
     def look(step):
-        x = sgu.euler_maruyama(sgu.make_score(ema, sde), sde, (how["samples"], 1, 28, 28), steps=sgu.SAMPLER_STEPS["em"], generator=torch.Generator().manual_seed(7))
+        x = sgu.euler_maruyama(sgu.make_score(ema, sde), sde, (how["samples"], 1, 28, 28), steps=how["sampler_steps"], generator=torch.Generator().manual_seed(7))
         shares.append(dict(step=step, **measure_images(sgu.to_levels(x), judge, half)["unlearning_ratio"]))
 
     look(0)
@@ -328,9 +396,12 @@ def samplers(out, data_root):
     return dict(config=dict(samplers=SAMPLERS, n=SAMPLER_N, forget=FORGET), rows=[done[name] for name in jobs])
 
 
+FILES = dict(toy="rivals-toy", mnist="rivals-mnist-3,7", relearn="relearn-mnist-3,7", samplers="samplers-mnist-3,7", seeds="seeds-mnist-3,7")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=("toy", "mnist", "relearn", "samplers"))
+    parser.add_argument("experiment", choices=tuple(FILES))
     parser.add_argument("--data-root", default="data", metavar="DIR", help="where the data sets are (default data)")
     parser.add_argument("--out", default="runs/rivals", metavar="DIR", help="where the trials are kept (default runs/rivals)")
     opt = parser.parse_args(argv)
@@ -338,18 +409,21 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     try:
         results = dict(toy=lambda: compare("toy", out, opt.data_root), mnist=lambda: compare("mnist", out, opt.data_root),
-                       relearn=lambda: relearn(out, opt.data_root), samplers=lambda: samplers(out, opt.data_root))[opt.experiment]()
+                       relearn=lambda: relearn(out, opt.data_root), samplers=lambda: samplers(out, opt.data_root), seeds=lambda: seeds(out, opt.data_root))[opt.experiment]()
     except sgu.UsageError as error:
         sys.exit(f"rivals: {error}")
     results.update(command=f"python notebooks/rivals.py {opt.experiment}", device=f"{sgu.describe(torch.device('cpu')).rsplit(',', 1)[0]}, {os.cpu_count()} processes of 1 thread",
                    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
-    name = dict(toy="rivals-toy", mnist="rivals-mnist-3,7", relearn="relearn-mnist-3,7", samplers="samplers-mnist-3,7")[opt.experiment]
+    name = FILES[opt.experiment]
     if opt.experiment != "toy":
         results["judge"] = judge_facts(opt.data_root)
     if opt.experiment in ("toy", "mnist"):
         results["markdown"] = make_table(results)
         print(results["markdown"])
         frontier(results).savefig(here / "results" / f"{name}.png")
+    elif opt.experiment == "seeds":
+        results["markdown"] = seeds_table(results)
+        print(results["markdown"])
     sgu.save_json(here / "results" / f"{name}.json", results)
 
 
