@@ -1211,7 +1211,7 @@ class Options:
     lr: float = option(None, "peak learning rate of Adam")
     unlearn_lr: float = option(None, "peak learning rate of the fine-tuning (default: the method's own, --lr or half of it)")
     sampler: str = option(None, "em, pc, ode, or ancestral (default em, for ddpm ancestral)", choices=tuple(SAMPLERS))
-    sampler_steps: int = option(None, "sampler steps (default: what the evaluations in PRESETS allow)")
+    sampler_steps: int = option(None, "sampler steps (default: as many as spend the evaluations of the network that the preset allows a sample)")
     samples: int = option(None, "images to draw from each model")
     likelihood_samples: int = option(None, "test images of D_g and of D_f whose likelihood is computed; as many are inpainted and reconstructed")
     judge: str = option("cnn", "who judges: our own network trained on the data, or CLIP through open_clip where it is installed", choices=("cnn", "clip"))
