@@ -2367,9 +2367,9 @@ def test_pretrained(tmp_path, small, capsys, no_pictures, monkeypatch, finished)
 
 
 @pytest.mark.parametrize("argv, steps", [((), 6), (("--sampler", "pc"), 3), (("--sampler", "ode"), 3), (("--sde", "ddpm"), 6), (("--sampler", "pc", "--sampler-steps", "5"), 5)])
-def test_samplers_cost_the_same_by_default(argv, steps, tmp_path, small, monkeypatch):
+def test_samplers_cost_the_same_by_default(argv, steps, tmp_path, small):
     """As many evaluations of the network as the preset allows, counted in a real call; one more to denoise, none for the DDPM's own sampler."""
-    opt, _, data = sgu.resolve(sgu.parse_options([*argv, "--device", "cpu", "--out", str(tmp_path)]))
+    opt, _, _ = sgu.resolve(sgu.parse_options([*argv, "--device", "cpu", "--out", str(tmp_path)]))
     calls = []
     def score(x, t):
         calls.append(len(x))
