@@ -855,7 +855,8 @@ def load_data(name, root="data"):
     """A data set as dict(name, train, train_labels, test, test_labels, classes).
 
     name: one of DATASETS, or the path of an .npz with images (N, H, W) or (N, H, W, C) uint8, labels (N,) or attributes (N, A),
-    and, if you like, class_names or attribute_names, and split (N,) with 0 for training (else a random sixth is for testing).
+    and, if you like, class_names or attribute_names, and split (N,) whose highest number, 1 or more, is for testing: 0, 1, or 0, 1, 2
+    with a validation part that is trained on (without split a random sixth is for testing).
     torchvision downloads what is missing below root. Labels of attribute data are (N, A) bool; see choose(). Raises UsageError saying
     which file to put where.
     """
@@ -923,7 +924,10 @@ def load_npz(path):
         kind, dims = ("attribute", 2) if "attributes" in z else ("class", 1)
         x, y = torch.from_numpy(z["images"]), torch.from_numpy(z["attributes"] if dims == 2 else z["labels"])
         y = y.bool() if dims == 2 else y.long()
-        split = torch.from_numpy(z["split"]) != 0 if "split" in z else torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) % 6 == 5
+        if "split" in z:
+            split = torch.from_numpy(z["split"] == max(z["split"].max(initial=0), 1))  # 2 in CelebA, whose 0 and 1 are trained on
+        else:
+            split = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) % 6 == 5
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
     except Exception as error:
@@ -1035,7 +1039,8 @@ class Judge(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def features(self, x):
-        x = self.two(self.stem(x.contiguous(memory_format=torch.channels_last)))
+        large, x = x.shape[2] > 32, self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.two(F.max_pool2d(x, 2) if large else x)                                # 64 pixels: from here on as 32 are seen
         x = self.eight(self.four(x + self.res2(x)))
         return (x + self.res8(x)).amax((2, 3))
 
@@ -1184,7 +1189,8 @@ PRESETS = {
     (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, evaluations=120, likelihood_samples=1000, judge=(32, 8)),
     (32, "cpu"): dict(channels=(48, 96), patch=2, blocks=1, steps=2000, batch_size=64, lr=3e-3, samples=500, evaluations=100, likelihood_samples=64, judge=(16, 10)),
     (32, "gpu"): dict(channels=(128, 256, 256), patch=1, blocks=2, steps=60000, batch_size=256, lr=5e-4, samples=10000, evaluations=500, likelihood_samples=1000, judge=(64, 24)),
-    (64, "cpu"): dict(channels=(48, 96, 192), patch=4, blocks=1, steps=3000, batch_size=64, lr=2e-3, samples=500, evaluations=100, likelihood_samples=32, judge=(16, 10)),
+    (64, "cpu"): dict(channels=(48, 96, 192), patch=4, blocks=1, steps=2000, batch_size=64, lr=2e-3, samples=500, evaluations=100, likelihood_samples=32, judge=(16, 10)),
+    ("stl10", "cpu"): dict(channels=(48, 96, 192), patch=4, blocks=1, steps=2000, batch_size=64, lr=2e-3, samples=500, evaluations=100, likelihood_samples=32, judge=(16, 40)),
     (64, "gpu"): dict(channels=(128, 256, 256, 256), patch=2, blocks=2, steps=60000, batch_size=128, lr=5e-4, samples=10000, evaluations=500, likelihood_samples=1000, judge=(64, 30)),
 }
 
@@ -1261,7 +1267,7 @@ def resolve(opt):
     for name in opt.tasks.split(","):
         require(name in TASKS, f"--tasks: unknown task {name!r}; choose from {', '.join(TASKS)}")
     require(opt.alpha is None or 0 <= opt.alpha <= 1, f"--alpha must be in [0, 1], not {opt.alpha}")
-    if opt.alpha == 0:
+    if opt.alpha == 0 and any(METHODS[m][1] and m != "siss" for m in methods):         # siss always keeps the keep gradient
         print("sgu: warning: --alpha 0 drops the keep loss, so everything will be forgotten", file=sys.stderr)
     try:
         lo, hi = map(float, (opt.forget_window or "0,1").split(","))
@@ -1378,6 +1384,17 @@ def load_model(path, device="cpu"):
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise UsageError(f"checkpoint {path} holds no model for this sgu.py ({type(error).__name__}: {str(error).splitlines()[0]}); delete it and run again") from None
     return model.to(device).eval().requires_grad_(False), sde
+
+
+def load_judge(path, device="cpu"):
+    """A judge.pt -> its Judge, ready for opinions(judge, images). Raises UsageError for a damaged or foreign file."""
+    saved = read_checkpoint(path)
+    try:
+        judge = Judge(**saved["network"])
+        judge.load_state_dict(saved["model"])
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UsageError(f"checkpoint {path} holds no judge for this sgu.py ({type(error).__name__}); delete it and run again") from None
+    return judge.to(device).eval()
 
 
 class Progress:
@@ -1505,13 +1522,8 @@ def get_judge(out, data, config, opt, device, results, stage, pause):
     if opt.judge == "clip":
         judge = ClipJudge(data["classes"]).to(device)
     elif path.exists():
-        saved = read_checkpoint(path)
-        check_same_run(saved.get("config", {}), config, path)
-        judge = Judge(data["train"].shape[1], len(data["classes"]), width).to(device)
-        try:
-            judge.load_state_dict(saved["model"])
-        except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-            raise UsageError(f"checkpoint {path} holds no judge of {data['name']} ({type(error).__name__}); delete it and run again") from None
+        check_same_run(read_checkpoint(path).get("config", {}), config, path)
+        judge = load_judge(path, device)
     else:
         start, bar = time.time(), None
         for step, steps, judge in train_judge(data, width, epochs, flip=data["train"].shape[1] == 3, device=device, seed=opt.seed):

@@ -1614,13 +1614,14 @@ def write_npz(path, n=24, side=8, channels=1, **kw):
 
 
 def test_npz_round_trip(tmp_path):
-    path, split = str(tmp_path / "mine.npz"), np.arange(24) % 4 == 3
-    z = write_npz(path, channels=3, class_names=np.array(["Cat", "dog", "a bird"]), split=split.astype(int))
-    data = sgu.load_data(path)
-    assert data["name"] == "mine" and data["classes"] == ["Cat", "dog", "a bird"]
-    for key, mask in (("train", ~split), ("test", split)):
-        assert np.array_equal(data[key].permute(0, 2, 3, 1).numpy(), z["images"][mask]) and data[key].dtype == torch.uint8
-        assert data[key + "_labels"].tolist() == z["labels"][mask].tolist()
+    path, test = str(tmp_path / "mine.npz"), np.arange(24) % 4 == 3
+    for split in (test, test.astype(int), np.where(test, 2, np.arange(24) % 2)):     # CelebA's 0, 1, 2: train, validation, test
+        z = write_npz(path, channels=3, class_names=np.array(["Cat", "dog", "a bird"]), split=split)
+        data = sgu.load_data(path)
+        assert data["name"] == "mine" and data["classes"] == ["Cat", "dog", "a bird"]
+        for key, mask in (("train", ~test), ("test", test)):
+            assert np.array_equal(data[key].permute(0, 2, 3, 1).numpy(), z["images"][mask]) and data[key].dtype == torch.uint8
+            assert data[key + "_labels"].tolist() == z["labels"][mask].tolist()
     z = write_npz(path, labels=np.arange(24))                  # gray, no names, no split: a random sixth is for testing, always the same
     data = sgu.load_data(path)
     train, test = data["train_labels"], data["test_labels"]

@@ -112,14 +112,6 @@ def committed(dataset, sde, paper, title, command):
     return results
 
 
-def load_judge(path):
-    """A judge that a run has saved."""
-    saved = sgu.read_checkpoint(path)
-    judge = sgu.Judge(**saved["network"])
-    judge.load_state_dict(saved["model"])
-    return judge
-
-
 def shows_forgotten(judge, data, images):
     """(N,) bool: which images (N, C, H, W) uint8 the judge calls one of the classes to forget."""
     return torch.isin(sgu.opinions(judge, images)[0].argmax(1), torch.tensor(data["forget"]))
@@ -148,7 +140,7 @@ def digit_models(methods=ALL):
             paths, judge_path = {m: pathlib.Path(folder, "run", f"{m}.pt") for m in methods}, pathlib.Path(folder, "run/judge.pt")
             say(f"**A demonstration, not a result:** networks made here in {size['steps']} steps on digits drawn from fonts. For the MNIST models, "
                 "get the images: `python -c \"import sgu; sgu.load_data('mnist', 'data')\"` in the repository's top folder.")
-        loaded, judge = {m: sgu.load_model(path, DEVICE) for m, path in paths.items()}, load_judge(judge_path).to(DEVICE)
+        loaded, judge = {m: sgu.load_model(path, DEVICE) for m, path in paths.items()}, sgu.load_judge(judge_path, DEVICE)
         losses = {m: sgu.read_checkpoint(path)["losses"] for m, path in paths.items()}
     sde, is_gone = loaded[methods[0]][1], sgu.is_forgotten(data, "test")
     kept, gone, kept_labels, gone_labels = (data[key][mask] for key in ("test", "test_labels") for mask in (~is_gone, is_gone))
@@ -173,7 +165,7 @@ def demonstrate(images, labels, names, forget, attributes=False, **options):
                                           device="cpu", out=folder + "/run", **{**size, **options}))
         load = lambda kind: {m: dict(np.load(path)) for m in ORDER if os.path.exists(path := f"{folder}/run/{kind}_{m}.npz")}
         samples = {m: torch.from_numpy(z["images"]) for m, z in load("samples").items()}
-        judge = load_judge(folder + "/run/judge.pt")
+        judge = sgu.load_judge(folder + "/run/judge.pt")
         data = sgu.choose(sgu.load_data(folder + "/demo.npz"), forget)
         framed = {m: shows_forgotten(judge, data, x) for m, x in samples.items()}
         losses = {m: np.array(sgu.read_checkpoint(path)["losses"]) for m in ORDER if os.path.exists(path := f"{folder}/run/{m}.pt")}

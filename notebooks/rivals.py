@@ -55,10 +55,7 @@ def steps_of(method, size):
 
 def judge_and_halves(data):
     """The judge that lies with the committed networks, and the test images of MNIST: (for tuning, for the final figures)."""
-    saved = sgu.read_checkpoint(here / "results/mnist_judge.pt")
-    judge = sgu.Judge(**saved["network"])
-    judge.load_state_dict(saved["model"])
-    return judge, [dict(data, test=data["test"][i::2], test_labels=data["test_labels"][i::2]) for i in (0, 1)]
+    return sgu.load_judge(here / "results/mnist_judge.pt"), [dict(data, test=data["test"][i::2], test_labels=data["test_labels"][i::2]) for i in (0, 1)]
 
 
 def judge_facts(data_root):
