@@ -1637,6 +1637,15 @@ def test_npz_round_trip(tmp_path):
     assert sgu.load_data(path)["train"].shape == (20, 3, 64, 64) and (sgu.load_data(path)["train"] == 77).all()
 
 
+def test_runs_that_differ_in_schedule_or_training_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_npz("mine.npz", n=48)
+    for argv, name in (([], "mine-2"), (["--sde", "vp"], "mine-2"), (["--sde", "ddpm"], "mine-2-ddpm"), (["--sde", "ve", "--training", "retrain"], "mine-2-ve-retrain"),
+                       (["--sde", "ve", "--out", "here"], "here")):
+        opt = sgu.resolve(sgu.parse_options(["--dataset", "mine.npz", "--forget", "2", "--device", "cpu", *argv]))[0]
+        assert opt.out == (name if name == "here" else f"runs/{name}")
+
+
 def test_npz_that_will_not_do(tmp_path):
     path = tmp_path / "mine.npz"
     assert "no file" in refuses(sgu.load_data, str(path))
@@ -2432,12 +2441,17 @@ def test_loss_that_is_not_finite(tmp_path, small, capsys, monkeypatch):
 
 def test_table_quotes_the_paper_where_it_forgot_the_same():
     entry = dict(unlearning_ratio={"3": .1, "7": .1, "total": .2, "n": 10, "ci95": [.1, .3]}, unsure=.1, frechet_kept=1.)
-    results = dict(config=dict(dataset="mnist", sde="ve", forget="3,7", seed=0, sampler="ode", sampler_steps=2), device="a machine", command="python sgu.py",
+    results = dict(config=dict(dataset="mnist", sde="ve", forget="3,7", training="finetune", seed=0, sampler="ode", sampler_steps=2), device="a machine", command="python sgu.py",
                    judge=dict(test_accuracy=.99, floor=0.), methods=dict(standard=entry, obtuse=entry))
     table = sgu.make_table(results)
     assert "| | paper | 26.8 | 5.1 |".replace(" ", "") in table.replace(" ", "")
     entry["unlearning_ratio"].pop("7")
-    assert "paper" not in sgu.make_table(results | dict(config=results["config"] | dict(forget="3")))
+    assert "paper" not in sgu.make_table(results | dict(config=results["config"] | dict(forget="3"))).lower()
+    entry["unlearning_ratio"] = {"Bangs": .2, "total": .2, "n": 10, "ci95": [.1, .3]}             # Tables 2 and 5 both have CelebA
+    for training, table, obtuse in (("retrain", None, 0.7), ("finetune", None, 0.1), ("finetune", 2, 0.7)):
+        config = results["config"] | dict(dataset="a/folder/celeba.npz", sde="vp", forget="Bangs", training=training)
+        text = sgu.make_table(results | dict(config=config), table)
+        assert f"||paper|19.6|{obtuse}|" in text.replace(" ", "") and f"Paper: Table {2 if obtuse == 0.7 else 5}" in text
 
 
 def test_command_as_a_newcomer_types_it(tmp_path):

@@ -4,7 +4,7 @@ import contextlib, functools, inspect, io, json, os, pathlib, tempfile, types
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import Markdown, display
+from IPython.display import Image, Markdown, display
 
 import sgu
 from style import COLOUR, FORGET, MARKER, QUICK, TITLE, frame
@@ -93,8 +93,9 @@ def paper_rows(paper):
         f"| {k} | " + " | ".join(f"{v:.{2 if k in ('D_g', 'D_f') else 1}f}" for v in row) + " |" for k, row in without_repeats(paper).items()))
 
 
-def committed(dataset, sde, paper, title, command):
-    """Show our committed results of this data set and schedule beside the paper, or say that there are none. Returns them or None."""
+def committed(dataset, sde, table, title, command):
+    """Show our committed results of this data set and schedule beside the paper's Table 2 or 5, or say that there are none. Returns them or None."""
+    paper = sgu.PAPER[table][dataset, sde]
     files, wanted = [], set(paper) - {"total", "D_g", "D_f"}
     for path in sorted(RESULTS.glob("*.json"), key=lambda p: (len(p.name), p.name)):
         config = json.loads(path.read_text()).get("config", {})
@@ -104,7 +105,9 @@ def committed(dataset, sde, paper, title, command):
     results = json.loads(files[0].read_text()) if files else None
     if results:
         others = f"; also there: {', '.join(f.name for f in files[1:])}" if files[1:] else ""
-        say(f"**Measured** (`notebooks/results/{files[0].name}`{others}):\n\n" + sgu.make_table(results))
+        say(f"**Measured** (`notebooks/results/{files[0].name}`{others}):\n\n" + sgu.make_table(results, table))
+        if (picture := files[0].with_suffix(".png")).exists():             # the run's before_after.png: each column starts from the same noise
+            display(Image(filename=str(picture), alt=f"samples of every method, {title}; framed: what the judge calls forgotten"))
     else:
         say(f"**No result of ours for {title} is committed.** `{command}` makes it. The paper's row alone:")
         paper_rows(paper)
