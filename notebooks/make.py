@@ -84,6 +84,8 @@ def exercise_notebook(path, solution):
             out.update(cell_type="markdown", metadata={})
         else:
             out.update(cell_type="code", execution_count=None, outputs=[])
+        if kind == "check":
+            cell = cell | dict(text=f"{cell['text']}\nprint('{q}: {cell['points']} of {cell['points']} points')")
         cells.append(out | dict(source=(title + cell["text"]).splitlines(keepends=True)))
     return dict(cells=cells, metadata=dict(kernelspec=dict(display_name="Python 3", language="python", name="python3"), language_info=dict(name="python"),
                                            sgu=pathlib.Path(path).stem), nbformat=4, nbformat_minor=5)

@@ -6,7 +6,8 @@
 #
 # $$e(x_t, t) = -s(t) \nabla \log p_t(x_t) \qquad \text{is the best guess of} \qquad z.$$
 #
-# In all exercises `score(x, t)` is the score and $e = -s \cdot$ `score` the predicted noise; one name for one thing.
+# Here $x_t = a(t) x_0 + s(t) z$ is an image $x_0$ with noise $z \sim N(0, I)$, $p_t$ the density of all such $x_t$, and `a, s = sde.marginal(t)` (exercise 1). Data come in batches of $B$ images
+# of $D$ pixels. In all exercises `score(x, t)` is the score and $e = -s \cdot$ `score` the predicted noise; one name for one thing.
 # This belongs to the sections 2 and 3 of `sgu.py`. 5 questions, 11 points, about 55 minutes.
 
 # %%
@@ -75,18 +76,18 @@ test_sgu.check_gaussian_score(gaussian_score, SDES["VP"])
 #
 # $$E[x_0 | x_t] = \frac{x_t + s^2 \cdot \mathrm{score}(x_t, t)}{a}.$$
 #
-# Here $t$ is one number for the whole batch; `sgu.score_at(score, x, t)` asks the score at one time.
+# Here $t$ is one number for the whole batch (a tensor without axes, which `sde.marginal` takes as well); `sgu.score_at(score, x, t)` asks the score at one time.
 # **Marked by** `check_denoise`: against the posterior mean of Gaussian data.
 
 # %% student 2.3
 def denoise(score, sde, x, t):
-    """x: (B, ...), t: a float -> the mean image behind x: (B, ...)."""
+    """x: (B, ...), t: a 0-d tensor -> the mean image behind x: (B, ...)."""
     raise NotImplementedError("question 2.3")
 
 # %% solution 2.3
 def denoise(score, sde, x, t):
-    """x: (B, ...), t: a float -> the mean image behind x: (B, ...)."""
-    a, s = sde.marginal(torch.tensor(t, dtype=F64))
+    """x: (B, ...), t: a 0-d tensor -> the mean image behind x: (B, ...)."""
+    a, s = sde.marginal(t)
     return (x + s ** 2 * sgu.score_at(score, x, t)) / a
 
 # %% check 2.3 (2 points)

@@ -25,12 +25,12 @@ from test_sgu import F64, SDES, TILTED, seeded
 
 # %% student 3.1
 def reverse_step(score, sde, x, t, t_next, generator):
-    """x: (B, ...) at time t -> (B, ...) at time t_next < t. t, t_next: 0-d tensors."""
+    """x: (B, ...) at time t -> (B, ...) at time t_next < t. t, t_next: 0-d float64 tensors."""
     raise NotImplementedError("question 3.1")
 
 # %% solution 3.1
 def reverse_step(score, sde, x, t, t_next, generator):
-    """x: (B, ...) at time t -> (B, ...) at time t_next < t. t, t_next: 0-d tensors."""
+    """x: (B, ...) at time t -> (B, ...) at time t_next < t. t, t_next: 0-d float64 tensors."""
     h, g, tb = float(t - t_next), float(sde.diffusion(t)), torch.full((len(x),), float(t))
     return x - (sde.drift(x, tb) - g ** 2 * sgu.score_at(score, x, t)) * h + g * math.sqrt(h) * sgu.noise_like(x, generator)
 
@@ -41,7 +41,7 @@ def sampler(score, sde, shape, generator):
         x = reverse_step(score, sde, x, t, t_next, generator)
     return sgu.denoise(score, sde, x, grid[-1])
 
-for sde in (SDES["VE"], SDES["VP"]):
+for sde in (SDES["VP"], SDES["VE"]):
     test_sgu.check_reverse_step(reverse_step, sde)
 test_sgu.check_sampler(sampler, SDES["VP"], n=5000)
 
@@ -78,6 +78,7 @@ def langevin_step(score, sde, x, t, snr, generator):
 
 # %% check 3.2 (2 points)
 test_sgu.check_langevin(langevin_step, SDES["VE"])
+test_sgu.check_langevin(langevin_step, SDES["VP"])
 
 # %% [markdown]
 # ## Question 3.3 (3 points, 10 minutes): find the bug
@@ -120,7 +121,8 @@ test_sgu.check_line(line_3_3, "3.3")
 # %% [markdown]
 # ## Question 3.4 (2 points, 10 minutes): predict, then run
 #
-# Unlearning will *shrink* scores. So: what happens to the samples if the exact score is multiplied by 1/2 at every $x$ and $t$?
+# Unlearning will *shrink* scores. So: what happens to the samples if the exact score is multiplied by 1/2 at every $x$ and $t$, while the noise $g dw$ of
+# Euler-Maruyama stays as it is? (Schedule: VE.)
 #
 # - **a** they crowd together, their spread becomes smaller
 # - **b** nothing: the sampler takes twice as many steps to the same place, so to say

@@ -40,7 +40,7 @@ test_sgu.check_pin(pin, SDES["VP"])
 # ## Question 7.2 (3 points, 15 minutes): find the bug
 #
 # This inpainting gives wonderful results; its restored test images are almost perfect. They are too good: the answer leaks.
-# Which line looks at pixels that it must not know? Give its number, and mend it.
+# After which line does $y$ hold what it must not know? Give its number, and mend it there.
 # **Marked by** `check_inpaint_keeps`: known pixels come back bit for bit, and garbage in the hidden pixels must not change the result; and by your line number.
 
 # %% student 7.2 bug: the answer leaks
@@ -77,7 +77,7 @@ test_sgu.check_line(line_7_2, "7.2")
 # ## Question 7.3 (2 points, 10 minutes): predict, then run
 #
 # Two pixels, each with mean 0, vary together (correlation 0.8). One is known and has the value 0.5; the right answer for the other one is then 0.4 on average.
-# Without its neighbour it would be 0. Where does the mean of many fillings by `inpaint_once` land?
+# Without its neighbour it would be 0. Where does the mean of many fillings by the mended `inpaint_once` land? (The check takes `sgu.inpaint` with `repeats=1`, which is the same.)
 #
 # - **a** between 0 and 0.4: it listens to the known pixel, but not enough
 # - **b** at 0.4: replacing the known pixel at every level is exact
@@ -108,34 +108,44 @@ test_sgu.check_prediction(choice_7_3, "a" if mean < 0.36 else "c" if mean > 0.44
 #
 # $$y \leftarrow \frac{a_i}{a_{i+1}} y + \sqrt{s_i^2 - \left( \frac{a_i}{a_{i+1}} s_{i+1} \right)^2} z .$$
 #
-# Start from your mended function; `pin` after every move, up or down. Replace hidden pixels of $x$ by 0 first, so that nothing can leak. At the end, known pixels are those of $x$ exactly.
-# **Marked by** `check_inpaint_keeps` and `check_inpaint_conditional`: mean and variance of the filled pixel against the conditional law.
+# Write this move first, as `back_up`. Then start from your mended function; `pin` after every move, up or down. Replace hidden pixels of $x$ by 0 first, so that nothing can leak. At the end, known pixels are those of $x$ exactly.
+# **Marked by** `check_back_up` (mean and spread of the move, under VP), `check_inpaint_walk` (which times, how often), `check_inpaint_keeps`, and `check_inpaint_conditional`: mean and
+# variance of the filled pixel against the conditional law.
 
 # %% student 7.4
+def back_up(y, sde, t, t_next, generator):
+    """y: (B, C, H, W) at time t_next -> at time t > t_next, by forward noise. t, t_next: 0-d tensors."""
+    raise NotImplementedError("question 7.4")
+
 def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
     """x: (B, C, H, W), mask: 1 = known, broadcasts to x -> (B, C, H, W)."""
     raise NotImplementedError("question 7.4")
 
 # %% solution 7.4
+def back_up(y, sde, t, t_next, generator):
+    """y: (B, C, H, W) at time t_next -> at time t > t_next, by forward noise. t, t_next: 0-d tensors."""
+    (a, s), (a_next, s_next) = (map(float, sde.marginal(v)) for v in (t, t_next))
+    return a / a_next * y + math.sqrt(s ** 2 - (a / a_next * s_next) ** 2) * sgu.noise_like(y, generator)
+
 def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
     """x: (B, C, H, W), mask: 1 = known, broadcasts to x -> (B, C, H, W)."""
     known = mask.bool().expand_as(x)
     x = torch.where(known, x, torch.zeros_like(x))
     grid = sgu.time_grid(sde, steps)
-    a, s = (v.tolist() for v in sde.marginal(grid))
     y = pin(sde.prior_sample(x.shape, generator), x, known, sde, grid[0], generator)
     for i in range(steps):
         for r in range(repeats):
             if r > 0:
-                up = a[i] / a[i + 1]
-                y = up * y + math.sqrt(s[i] ** 2 - (up * s[i + 1]) ** 2) * sgu.noise_like(y, generator)
-                y = pin(y, x, known, sde, grid[i], generator)
+                y = pin(back_up(y, sde, grid[i], grid[i + 1], generator), x, known, sde, grid[i], generator)
             y = sgu.reverse_step(score, sde, y, grid[i], grid[i + 1], generator)
             y = pin(y, x, known, sde, grid[i + 1], generator)
     return torch.where(known, x, sgu.denoise(score, sde, y, grid[-1]))
 
 # %% check 7.4 (4 points)
-test_sgu.check_inpaint_keeps(inpaint, SDES["VE"])
+test_sgu.check_back_up(back_up)
+for sde in (SDES["VE"], SDES["VP"]):
+    test_sgu.check_inpaint_keeps(inpaint, sde)
+    test_sgu.check_inpaint_walk(inpaint, sde)
 test_sgu.check_inpaint_conditional(inpaint, SDES["VE"])
 
 # %% look
