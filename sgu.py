@@ -1189,8 +1189,8 @@ PRESETS = {
     (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, evaluations=120, likelihood_samples=1000, judge=(32, 8)),
     (32, "cpu"): dict(channels=(48, 96), patch=2, blocks=1, steps=2000, batch_size=64, lr=3e-3, samples=500, evaluations=100, likelihood_samples=64, judge=(16, 10)),
     (32, "gpu"): dict(channels=(128, 256, 256), patch=1, blocks=2, steps=60000, batch_size=256, lr=5e-4, samples=10000, evaluations=500, likelihood_samples=1000, judge=(64, 24)),
-    (64, "cpu"): dict(channels=(48, 96, 192), patch=4, blocks=1, steps=2000, batch_size=64, lr=2e-3, samples=500, evaluations=100, likelihood_samples=32, judge=(16, 10)),
-    ("stl10", "cpu"): dict(channels=(48, 96, 192), patch=4, blocks=1, steps=2000, batch_size=64, lr=2e-3, samples=500, evaluations=100, likelihood_samples=32, judge=(16, 20)),
+    (64, "cpu"): dict(channels=(32, 64, 128), patch=2, blocks=1, steps=3000, batch_size=32, lr=2e-3, samples=500, evaluations=100, likelihood_samples=32, judge=(16, 10)),
+    ("stl10", "cpu"): dict(channels=(32, 64, 128), patch=2, blocks=1, steps=3000, batch_size=32, lr=2e-3, samples=500, evaluations=100, likelihood_samples=32, judge=(16, 20)),
     (64, "gpu"): dict(channels=(128, 256, 256, 256), patch=2, blocks=2, steps=60000, batch_size=128, lr=5e-4, samples=10000, evaluations=500, likelihood_samples=1000, judge=(64, 30)),
 }
 

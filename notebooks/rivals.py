@@ -245,7 +245,7 @@ def make_table(results):
 
 # ---- fine-tuned or re-trained, VE or VP, by seed ------------------------------------------------------------------------------------
 
-SEED_SIZE = dict(steps=1500, batch_size=64, samples=500, sampler_steps=120, likelihood_samples=50)
+SEED_SIZE = dict(steps=1200, batch_size=64, samples=500, sampler_steps=120, likelihood_samples=50)
 SEED_ROWS = dict(finetune=("standard", "unseen", "orthogonal", "obtuse", "relative"), retrain=("orthogonal", "obtuse"))
 
 
