@@ -115,11 +115,6 @@ def committed(dataset, sde, table, title, command):
     return results
 
 
-def shows_forgotten(judge, data, images):
-    """(N,) bool: which images (N, C, H, W) uint8 the judge calls one of the classes to forget."""
-    return torch.isin(sgu.opinions(judge, images)[0].argmax(1), torch.tensor(data["forget"]))
-
-
 def digit_models(methods=ALL):
     """Networks of the digits, by method: the committed ones and MNIST where it is in DATA, else small ones made here on digits drawn from fonts.
 
@@ -151,7 +146,7 @@ def digit_models(methods=ALL):
     say(f"The judge of this notebook is right on {100 * float(checked.float().mean()):.1f}% of {len(checked)} test images.")
     return types.SimpleNamespace(data=data, networks={m: model for m, (model, _) in loaded.items()}, scores={m: sgu.make_score(model, sde) for m, (model, _) in loaded.items()},
                                  sde=sde, judge=judge, losses=losses, kept=kept, gone=gone, kept_labels=kept_labels, gone_labels=gone_labels,
-                                 forgotten=functools.partial(shows_forgotten, judge, data))
+                                 forgotten=functools.partial(sgu.shows_forgotten, judge, data))
 
 
 def demonstrate(images, labels, names, forget, attributes=False, **options):
@@ -170,7 +165,7 @@ def demonstrate(images, labels, names, forget, attributes=False, **options):
         samples = {m: torch.from_numpy(z["images"]) for m, z in load("samples").items()}
         judge = sgu.load_judge(folder + "/run/judge.pt")
         data = sgu.choose(sgu.load_data(folder + "/demo.npz"), forget)
-        framed = {m: shows_forgotten(judge, data, x) for m, x in samples.items()}
+        framed = {m: sgu.shows_forgotten(judge, data, x) for m, x in samples.items()}
         losses = {m: np.array(sgu.read_checkpoint(path)["losses"]) for m in ORDER if os.path.exists(path := f"{folder}/run/{m}.pt")}
         strips = {}
         for m, z in load("inpaint").items():
