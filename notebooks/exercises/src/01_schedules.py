@@ -34,7 +34,7 @@ for row, name in zip(axes, ("VE", "VP")):
 #
 # $$a(t) = 1, \qquad s(t) = s_{\min} \left( \frac{s_{\max}}{s_{\min}} \right)^{t}.$$
 #
-# In the code $s_{\min}$ and $s_{\max}$ are `sigma_min` and `sigma_max`. Write it for a whole batch of times. **Marked by** `check_ve_marginal`: your $a$ and $s$ at $t = 0, 1/2, 1$.
+# In the code $s_{\min}$ and $s_{\max}$ are `sigma_min` and `sigma_max`. Write it for a whole batch of times. **Marked by** `check_ve_marginal`: your $a$ and $s$ at $t = 0, 1/2, 1$, for two pairs of ends.
 
 # %% student 1.1
 def ve_marginal(t, sigma_min=0.01, sigma_max=20.):
@@ -48,6 +48,7 @@ def ve_marginal(t, sigma_min=0.01, sigma_max=20.):
 
 # %% check 1.1 (2 points)
 test_sgu.check_ve_marginal(ve_marginal)
+test_sgu.check_ve_marginal(lambda t: ve_marginal(t, 0.1, 5.), 0.1, 5.)
 
 # %% [markdown]
 # ## Question 1.2 (3 points, 10 minutes)
@@ -59,7 +60,7 @@ test_sgu.check_ve_marginal(ve_marginal)
 #
 # Do the integral on paper. Near $t = 0$ both terms of $1 - a^2$ are almost equal, and float32 loses every digit of their difference;
 # `torch.expm1(y)` is $e^y - 1$ without that loss.
-# **Marked by** `check_vp_marginal`: values at $t = 0, 1/2, 1$, and float32 against float64 at $t = 10^{-4}$.
+# **Marked by** `check_vp_marginal`: values at $t = 0, 1/2, 1$ for two pairs of ends, and float32 against float64 at $t = 10^{-4}$ and $10^{-3}$.
 
 # %% student 1.2
 def vp_marginal(t, beta_0=0.1, beta_1=20.):
@@ -74,6 +75,7 @@ def vp_marginal(t, beta_0=0.1, beta_1=20.):
 
 # %% check 1.2 (3 points)
 test_sgu.check_vp_marginal(vp_marginal)
+test_sgu.check_vp_marginal(lambda t: vp_marginal(t, 0.2, 8.), 0.2, 8.)
 
 # %% [markdown]
 # ## Question 1.3 (2 points, 10 minutes)
@@ -156,8 +158,8 @@ def ddpm_marginal(t):                                            # line 1
 line_1_5 = 6
 
 # %% check 1.5 (3 points)
-test_sgu.check_ddpm_chain(ddpm_marginal)
-test_sgu.check_line(line_1_5, "1.5")
+with test_sgu.planted_bug(line_1_5, "1.5"):
+    test_sgu.check_ddpm_chain(ddpm_marginal)
 
 # %% look
 t = torch.linspace(0.001, 1, 1000, dtype=F64)

@@ -115,8 +115,8 @@ def ode_sample(score, sde, shape, steps=100, generator=None):                   
 line_3_3 = 4
 
 # %% check 3.3 (3 points)
-test_sgu.check_ode_map(ode_sample, SDES["VP"], steps=100)
-test_sgu.check_line(line_3_3, "3.3")
+with test_sgu.planted_bug(line_3_3, "3.3"):
+    test_sgu.check_ode_map(ode_sample, SDES["VP"], steps=100)
 
 # %% [markdown]
 # ## Question 3.4 (2 points, 10 minutes): predict, then run

@@ -3,7 +3,7 @@
 #
 # The probability flow $dx/dt = f - g^2 \cdot \mathrm{score}/2$ moves points without noise, so densities can be followed along it: where the flow spreads
 # points out, the density falls. That gives $\log p(x)$ of a single image, and with it the paper's second measure of forgetting, the negative
-# log-likelihood (NLL) of the data to forget. This is section 5 of `sgu.py`. 5 questions, 12 points, about 65 minutes.
+# log-likelihood (NLL) of the data to forget. Read section 5 of `sgu.py` after you have tried, not before. 5 questions, 12 points, about 65 minutes.
 
 # %%
 import math, sys
@@ -45,7 +45,7 @@ test_sgu.check_divergence(divergence)
 #
 # $$\mathrm{div}\thinspace v = E\left[ r^T J r \right], \qquad J_{ij} = \frac{\partial v_i}{\partial x_j}.$$
 #
-# Write $r^T J r$ with a single call of `torch.autograd.grad` (D calls give the same value and cost D times as much). **Marked by** `check_hutchinson_probe`: each value, and the mean over all eight sign vectors.
+# Write $r^T J r$ with a single call of `torch.autograd.grad` (D calls give the same value, which the check accepts, at D times the cost). **Marked by** `check_hutchinson_probe`: each value, and the mean over all eight sign vectors.
 
 # %% student 4.2
 def hutchinson(field, x, r):
@@ -73,8 +73,8 @@ test_sgu.check_hutchinson_probe(hutchinson)
 #
 # $$\log p(x) = \log \pi(a_1 y_1) + D \log \frac{a_1}{a_0} + \int \sigma \cdot \mathrm{div}_y e \cdot du.$$
 #
-# The grid is given. Index $i$ of `grid`, `a`, `s` belongs to the same time. `sde.prior_log_prob(x)` is $\log \pi$. Use your `divergence`.
-# **Marked by** `check_likelihood`: 300 points of a mixture whose density is known, mean error below 0.02 nats.
+# The grid is given. Index $i$ of `grid`, `a`, `s` belongs to the same time. `sde.prior_log_prob(x)` is $\log \pi$. Use your `divergence` of question 4.1, which must have passed.
+# **Marked by** `check_heun_likelihood`: Heun's method by another hand, on a coarse grid; and by `check_likelihood`: 300 points of a mixture whose density is known, mean error below 0.02 nats.
 
 # %% student 4.3
 def log_likelihood(score, sde, x, steps=100, exact=True):
@@ -106,6 +106,7 @@ def log_likelihood(score, sde, x, steps=100, exact=True):
     return sde.prior_log_prob(float(a[-1]) * y) + x.shape[1] * float((a[-1] / a[0]).log()) + total
 
 # %% check 4.3 (4 points)
+test_sgu.check_heun_likelihood(log_likelihood, SDES["VP"])
 test_sgu.check_likelihood(log_likelihood, SDES["VP"], prior_mismatch=0.02)
 
 # %% [markdown]
@@ -139,8 +140,8 @@ def bits_per_dim(score, sde, x, generator=None):                                
 line_4_4 = 6
 
 # %% check 4.4 (2 points)
-test_sgu.check_bits_per_dim(bits_per_dim, SDES["VP"])
-test_sgu.check_line(line_4_4, "4.4")
+with test_sgu.planted_bug(line_4_4, "4.4"):
+    test_sgu.check_bits_per_dim(bits_per_dim, SDES["VP"])
 
 # %% [markdown]
 # ## Question 4.5 (2 points, 10 minutes): predict, then run

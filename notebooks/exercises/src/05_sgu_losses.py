@@ -4,7 +4,7 @@
 # A model has learned from $D_g$ (to keep) and $D_f$ (to forget) together. Score-based Generative Unlearning goes on training it with a sum of two
 # losses (Eq. 11), the keep loss on $D_g$ and a *forget loss* on $D_f$. On an image to forget, with its noise $z$, the score should no longer
 # point to the image: $u = -z/s$ is the direction to it, and $\mathrm{score} \cdot u = e \cdot z / s^2$ tells how much the score agrees.
-# This is the end of section 3 of `sgu.py`. 6 questions, 14 points, about 65 minutes.
+# Read section 3 of `sgu.py` after you have tried, not before. 6 questions, 14 points, about 65 minutes.
 
 # %%
 import math, sys
@@ -70,16 +70,17 @@ def obtuse_loss(score, sde, x0, t, z):                               # line 1
 line_5_2 = 4
 
 # %% check 5.2 (3 points)
-for sde in (SDES["VE"], SDES["VP"]):
-    test_sgu.check_obtuse_sign(obtuse_loss, sde)
-    test_sgu.check_obtuse_turns(obtuse_loss, sde)
-test_sgu.check_line(line_5_2, "5.2")
+with test_sgu.planted_bug(line_5_2, "5.2"):
+    for sde in (SDES["VE"], SDES["VP"]):
+        test_sgu.check_obtuse_sign(obtuse_loss, sde)
+        test_sgu.check_obtuse_turns(obtuse_loss, sde)
 
 # %% [markdown]
 # ## Question 5.3 (3 points, 15 minutes): find the bug
 #
 # SGU-Orthogonal (Eq. 9) wants the score perpendicular to $u$: a squared *inner product*. The code below is one that can be found in public.
-# It trains, the loss falls, the class disappears; and the scores of *all* images become small. Give the number of the wrong line, and mend it.
+# It trains, the loss falls, the class disappears; but a score that is perpendicular to $u$ already still pays, and every pixel of it is pushed to zero by itself.
+# Give the number of the wrong line, and mend it.
 #
 # $$L_{\mathrm{orthogonal}} = \frac{1}{B} \sum_b \left( \frac{s_b^2 \cdot \mathrm{score}_b \cdot u_b}{D} \right)^2 = \frac{1}{B} \sum_b \left( \frac{e_b \cdot z_b}{D} \right)^2$$
 #
@@ -106,9 +107,9 @@ def orthogonal_loss(score, sde, x0, t, z):                           # line 1
 line_5_3 = 6
 
 # %% check 5.3 (3 points)
-test_sgu.check_orthogonal(orthogonal_loss, SDES["VE"])
-test_sgu.check_orthogonal(orthogonal_loss, SDES["VP"])
-test_sgu.check_line(line_5_3, "5.3")
+with test_sgu.planted_bug(line_5_3, "5.3"):
+    test_sgu.check_orthogonal(orthogonal_loss, SDES["VE"])
+    test_sgu.check_orthogonal(orthogonal_loss, SDES["VP"])
 
 # %% [markdown]
 # ## Question 5.4 (2 points, 10 minutes)

@@ -114,8 +114,8 @@ def finetune(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0,   
 line_6_2 = 11
 
 # %% check 6.2 (3 points)
-test_sgu.check_ema(finetune)
-test_sgu.check_line(line_6_2, "6.2")
+with test_sgu.planted_bug(line_6_2, "6.2"):
+    test_sgu.check_ema(finetune)
 
 # %% [markdown]
 # ## Question 6.3 (2 points, 15 minutes): a forget loss of your own

@@ -70,8 +70,8 @@ def inpaint_once(score, sde, x, mask, steps=40, generator=None):                
 line_7_2 = 5
 
 # %% check 7.2 (3 points)
-test_sgu.check_inpaint_keeps(inpaint_once, SDES["VE"])
-test_sgu.check_line(line_7_2, "7.2")
+with test_sgu.planted_bug(line_7_2, "7.2"):
+    test_sgu.check_inpaint_keeps(inpaint_once, SDES["VE"])
 
 # %% [markdown]
 # ## Question 7.3 (2 points, 10 minutes): predict, then run

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Exercise 8: judging forgetting honestly
 #
-# "The model forgot the class" is a claim, and claims want evidence: how many samples, which judge, how sure, and at what price. This is section 9 of `sgu.py`,
-# and a theorem from `toy_gmm.py`. 6 questions, 14 points, about 70 minutes.
+# "The model forgot the class" is a claim, and claims want evidence: how many samples, which judge, how sure, and at what price. Read section 9 of `sgu.py`
+# and section 3 of `toy_gmm.py` after you have tried, not before. 6 questions, 14 points, about 70 minutes.
 
 # %%
 import math, sys
@@ -83,14 +83,14 @@ def report(probs, forget):                                                      
 line_8_3 = 6
 
 # %% check 8.3 (3 points)
-test_sgu.check_report(report)
-test_sgu.check_line(line_8_3, "8.3")
+with test_sgu.planted_bug(line_8_3, "8.3"):
+    test_sgu.check_report(report)
 
 # %% [markdown]
 # ## Question 8.4 (2 points, 10 minutes): predict, then run
 #
 # A judge is right on 98% of the real images of each of ten digits; when it errs, all other digits are equally likely. A perfectly unlearned model draws eight digits flawlessly and never a 3 or a 7.
-# Which unlearning ratio (3 and 7 together) does the judge report? Write a number. **Marked by** `check_prediction`: within 0.0003, against a simulation of a million verdicts.
+# Which unlearning ratio (3 and 7 together) does the judge report? Write a number. **Marked by** `check_prediction`: within 0.0003, against a table of verdicts in which every error occurs as often as it should.
 
 # %% student 8.4
 raise NotImplementedError("question 8.4")          # delete this line and write your guess below
@@ -102,9 +102,8 @@ guess_8_4 = 0.02 * 2 / 9
 why_8_4 = "It errs on 2% and names one of nine other digits, two of which are forgotten. This floor belongs beside every ratio."
 
 # %% check 8.4 (2 points)
-n, g = 1_000_000, seeded(0)
-true = torch.tensor([0, 1, 2, 4, 5, 6, 8, 9])[torch.randint(8, (n,), generator=g)]
-verdict = torch.where(torch.rand(n, generator=g) < 0.02, (true + torch.randint(1, 10, (n,), generator=g)) % 10, true)
+true, case = torch.tensor([0, 1, 2, 4, 5, 6, 8, 9])[:, None], torch.arange(4500)       # 90 of 4,500 images of each digit are misread
+verdict = torch.where(case < 90, (true + 1 + case % 9) % 10, true)
 floor = float(torch.isin(verdict, torch.tensor([3, 7])).float().mean())
 test_sgu.check_prediction(guess_8_4, floor, 0.0003, "the judge's own errors are a floor: no model can be reported below it, except by drawing easier digits")
 
@@ -141,8 +140,8 @@ test_sgu.check_frechet(frechet)
 # %% [markdown]
 # ## Question 8.6 (2 points, 10 minutes): predict, then run
 #
-# Two Gaussians are kept and one between them, overlapping them, is to be forgotten; the toy example of the paper. Its Table 1 reports, for the unlearned model, an NLL of 10.64 on $D_g$ and of 39.01 on $D_f$
-# (bits per dimension + 8). For *any* probability density $q$ and any $\mu$ with $p_g - \mu p_f \ge 0$, Gibbs' inequality gives, with the entropy $H$,
+# The toy example of the paper, in two dimensions: $p_g = \frac{1}{2} N((-2, -2), I) + \frac{1}{2} N((2, 2), I)$ is kept and $p_f = N(0, I)$ is to be forgotten. Its Table 1 reports, for the unlearned model, an NLL of 10.64 on $D_g$ and of 39.01 on $D_f$
+# (bits per dimension + 8; so nats are $(\mathrm{value} - 8) \cdot 2 \log 2$). For *any* probability density $q$ and any $\mu$ with $p_g - \mu p_f \ge 0$, Gibbs' inequality gives, with the entropy $H$,
 #
 # $$E_g[-\log q] \ge \mu E_f[-\log q] + (1 - \mu) H\left( \frac{p_g - \mu p_f}{1 - \mu} \right).$$
 #
