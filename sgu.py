@@ -4,9 +4,9 @@
     python sgu.py --dataset mnist --forget 3,7       the paper's first experiment
     python sgu.py --help                             every option
 
-Sections 1 to 7 are the method, in the order of the paper "Unlearning is better than unseen": 1 schedules (Eq. 3), 2 network,
-3 losses (Eq. 5, 8-14), 4 samplers (Eq. 4), 5 likelihood, 6 inpainting and reconstruction, 7 training (Eq. 11). 8 data, 9 the judge
-and 10 the command make a program of it. How long it takes and what it yields is in README.md.
+Sections 1 to 7 are the method of the paper "Unlearning is better than unseen": 1 schedules (Eq. 3), 2 network, 3 losses (Eq. 5,
+8-14), 4 samplers (Eq. 4), 5 likelihood, 6 inpainting and reconstruction, 7 training (Eq. 11). 8 data, 9 the judge and 10 the command
+make a program of it. How long it takes and what it yields is in README.md.
 
 Notation, used everywhere:
     x0 ~ D     data; D_g are the images to keep (the paper's SFG), D_f the images to forget (NSFG); p_g, p_f their densities
@@ -15,7 +15,8 @@ Notation, used everywhere:
     e          predicted noise, e = -s(t) score(x_t, t); the training target of e is z, the training target of score is u = -z/s
     e_g, e_f   what e would be if trained on D_g or D_f alone to perfection: E[z | x_t] under p_g or p_f
     sigma      s/a, the noise-to-signal ratio: the noise level of x_t/a.  D in a formula is the number of pixels (dimensions)
-Every loss below is a mean over pixels, in units of this noise, so that its weight means the same on 2 and on 12,288 dimensions.
+Squared errors and inner products below are divided by D and in units of this noise, so that a loss's weight means the same on 2 and
+on 12,288 dimensions.
 """
 import argparse, copy, dataclasses, functools, json, math, os, pathlib, platform, shlex, signal, sys, time, zlib
 
@@ -39,7 +40,7 @@ def expand(v, x):
 # =====================================================================================================================
 
 class VE:
-    """Variance exploding: a = 1, s = sigma_min (sigma_max/sigma_min)^t, so log s is uniform when t is. Defaults: the paper's."""
+    """Variance exploding: a = 1, s = sigma_min (sigma_max/sigma_min)^t, so log s is uniform when t is. Defaults: those of the authors' code (the paper names none)."""
     t_min = 0.0                                    # the smallest t that training and samplers visit (s = sigma_min there)
 
     def __init__(self, sigma_min=0.01, sigma_max=50.):
@@ -272,7 +273,7 @@ def make_score(model, sde, data_std=0.5, precision="float32"):
 # Weights (weighting=):
 #     'noise'   weight 1 on the formulas above: the default here, because no noise level can drown the others. train() has its own
 #     'paper'   the paper's lambda(t). Continuous: s^2 times the formula in score units, hence 1 for Eq. 5, 8, 10 and 1/s^2 for Eq. 9.
-#               DDPM: the variational weight beta_k / (2 (1 - beta_k)(1 - abar_k)) on the formulas above
+#               DDPM: the variational weight beta_k / (2 (1 - beta_k)(1 - abar_k)), Eq. 12 with sigma_k^2 = beta_k, on the formulas above
 #     a function of t: (B,) -> weight (B,): anything else
 # =====================================================================================================================
 
@@ -331,7 +332,7 @@ def relative_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=N
     """Ours: obtuse relative to a frozen score, e.(z - e_ref) / D. x0: (B, ...) from D_f -> scalar of either sign.
 
     reference: Standard's score(x, t). In the mean over z descending it moves e by -(e_f - e_ref): not at all where D_f and D call for
-    the same noise. It is NegGrad made linear at the reference, and bounded because e_ref comes close to e_f wherever p_f dominates.
+    the same noise. It is half of NegGrad, made linear at the reference, and bounded because e_ref comes close to e_f wherever p_f dominates.
     Its optimum with the keep loss, e_g - (R/2)(e_f - e_ref), is classifier guidance without a classifier:
     score = score_g + w grad log P(g | x_t), w = (1 - alpha)/(2 alpha) |D_g|/|D_f|, for equal keep and forget weights (notebook 8).
     """
@@ -352,7 +353,8 @@ def neggrad_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=No
 def erasediff_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None, centre=0.5):
     """Rival EraseDiff (Wu et al. 2024): aim e on D_f at uniform noise of mean centre, 0.5 as published.
 
-    x0: (B, ...) from D_f -> scalar >= 0. Its optimum is the constant e = centre, a uniform push; with centre = 0 it is e = 0, as for the elementwise 'orthogonal'.
+    x0: (B, ...) from D_f -> scalar >= 0. Alone its optimum is the constant e = centre, a uniform push (for centre = 0 none at all, as for the
+    elementwise 'orthogonal'); with the keep loss it is (e_g + R centre)/(1 + R).
     """
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
     aim = torch.rand(e.shape, generator=generator, device=e.device) - 0.5 + centre
@@ -371,8 +373,8 @@ def sgu_loss(score, sde, x_g, x_f, alpha, forget_loss=orthogonal_loss, weighting
 # =====================================================================================================================
 # 4. Samplers.  Eq. 4, from t = 1 down:  dx = [f(x, t) - g(t)^2 score(x, t)] dt + g(t) dw
 #
-# All but the DDPM's own share one grid of times, evenly spaced in sigma^(1/7) (Karras et al. 2022): long steps in noise, short ones
-# near data.
+# All but the DDPM's own share one grid of times, evenly spaced in sigma^(1/7) (Karras et al. 2022): steps in sigma shrink with sigma,
+# steps in log sigma (VE's t) grow towards data.
 # The grid and its coefficients are float64 numbers on the CPU; images stay float32 on their device. All end with one step to
 # the mean E[x0 | x_t] = (x + s^2 score)/a, which removes the last, invisible noise.
 # =====================================================================================================================
@@ -414,7 +416,7 @@ def langevin_step(score, sde, x, t, snr, generator):
     """One corrector step, x + eps score + sqrt(2 eps) z with eps = 2 (snr s(t))^2: leaves p_t as it is, up to O(eps).
 
     The popular step 2 (snr |z|/|score|)^2 divides by a norm that unlearning can bring to 0 and that ties the batch together.
-    In high dimension |z|/|score| is s(t), and s(t) is what we use.
+    Where the noise can be told from the image (e close to z), |z|/|score| is s(t), and s(t) is what we use.
     """
     eps = 2 * (snr * float(sde.marginal(t)[1])) ** 2
     return x + eps * score_at(score, x, t) + math.sqrt(2 * eps) * noise_like(x, generator)
@@ -423,7 +425,7 @@ def langevin_step(score, sde, x, t, snr, generator):
 @torch.no_grad()
 def euler_maruyama(score, sde, shape, steps=200, generator=None, device=None):
     """Samples of Eq. 4 by Euler-Maruyama. shape: (B, ...) -> x: (B, ...), for images near [-1, 1]; steps + 1 network
-    evaluations. Below about 20 steps the long first steps overshoot; ode_sample needs fewer."""
+    evaluations. Below about 20 steps those around sigma = 2 overshoot; ode_sample needs fewer."""
     x = sde.prior_sample(shape, generator, device)
     grid = time_grid(sde, steps)
     for t, t_next in zip(grid, grid[1:]):
@@ -650,9 +652,10 @@ def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
 
 @torch.no_grad()
 def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
-    """Noise x: (B, ...) to time t, then walk Eq. 4 back to data: (B, ...). A score that forgot x cannot find the way back.
+    """Noise x: (B, ...) to time t, then walk Eq. 4 back to data: (B, ...). A score changed at these noise levels may miss the way back.
 
-    The paper's t = 0.02 is faint noise: sigma = 0.08 for VP, and for VE 0.012, next to nothing. Raises ValueError for t outside [0, 1].
+    The paper's t = 0.02 is faint noise: sigma = 0.08 for VP, and for VE 0.012, from where every network finds back. SGU-Relative is
+    trained at sigma 0.2 to 3 alone, so it hardly changes here. Raises ValueError for t outside [0, 1].
     """
     if not 0 <= t <= 1:
         raise ValueError(f"reconstruct needs t in [0, 1], not {t}")
@@ -671,10 +674,10 @@ def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
 #
 # Which t to train at matters more than anything else in a short run: half the draws are uniform in log sigma (the paper's
 # t ~ U[0, 1] for VE), half sit around sigma = 1, where digits take shape. The keep loss is weighted by 1 + (sigma/data_std)^2,
-# which makes the loss of the preconditioned network F equally large at every noise level (Karras et al. 2022), and so are losses of
-# that kind, squares of e less some aim: they get the same weight. Orthogonal and obtuse are made of e.z, which is of order 1 at every
-# noise level where (e - z)^2 is small: the square root of that weight makes their gradients at F equally large. The relative loss gets
-# the full weight, which keeps its optimum a guided score. And where sigma > 6 noise hides the class, p_f and p_g coincide and
+# which makes the loss of the preconditioned network F equally large at every noise level (Karras et al. 2022). NegGrad and SISS are
+# that loss with another sign, and get the same weight. Orthogonal and obtuse are made of e.z, which is of order 1 at every noise level
+# where (e - z)^2 is small, and so is EraseDiff's distance to a noise of its own: the square root of that weight makes their gradients
+# at F equally large. The relative loss gets the full weight, which keeps its optimum a guided score. And where sigma > 6 noise hides the class, p_f and p_g coincide and
 # forgetting only fights keeping: see window. All this was found by trying; METHODS in section 10 holds what was found for each loss.
 # =====================================================================================================================
 
@@ -701,17 +704,21 @@ def keep_weight(sde, data_std=0.5):
 
 
 def forget_weight(sde, data_std=0.5):
-    """The weight sqrt(1 + (sigma/data_std)^2) of losses in e.z, as a function of t."""
+    """The weight sqrt(1 + (sigma/data_std)^2) of losses that stay of order 1 in noise, as a function of t."""
     return lambda t: keep_weight(sde, data_std)(t).sqrt()
 
 
-def saliency_mask(model, sde, forget, forget_loss, *, batches=10, batch_size=64, train_share=0.5, seed=0, precision="float32", data_std=0.5):
-    """Rival SalUn (Fan et al. 2024): an edit_gradient that trains only half of the weights: largest |sum of forget gradients|."""
+def saliency_mask(model, sde, forget, forget_loss, *, window=(0., 1.), weighting=None, batches=10, batch_size=64, train_share=0.5, seed=0,
+                  precision="float32", data_std=0.5):
+    """Rival SalUn (Fan et al. 2024): an edit_gradient that trains only half of the weights: largest |sum of forget gradients|.
+
+    window, weighting: those with which the forget loss will train; None: forget_weight.
+    """
     score, g = make_score(model, sde, data_std, precision), torch.Generator(forget.device).manual_seed(seed)
     model.zero_grad(set_to_none=True)
     for _ in range(batches):
-        t = sample_times(sde, batch_size, g, forget.device)
-        forget_loss(score, sde, draw(forget, batch_size, g), t=t, weighting=forget_weight(sde, data_std), generator=g).backward()
+        t = sample_times(sde, batch_size, g, forget.device, window)
+        forget_loss(score, sde, draw(forget, batch_size, g), t=t, weighting=weighting or forget_weight(sde, data_std), generator=g).backward()
     saliency = torch.cat([p.grad.abs().flatten() for p in model.parameters()])
     threshold = saliency.kthvalue(max(1, round((1 - train_share) * len(saliency)))).values
     masks = [p.grad.abs() > threshold for p in model.parameters()]
@@ -763,7 +770,7 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, st
     forget_ratio: rescale the forget gradient to this share of the keep gradient's norm, whatever alpha (the step of SISS, Alberti et al.
     2025, without its importance sampling). edit_gradient: called as edit_gradient(model) before every step (saliency_mask, fisher_penalty).
     state: what snapshot() returned, to go on from there. Gradients are clipped to norm 1.
-    Yields dict(step, steps, keep, forget, snapshot): losses per pixel; snapshot() -> dict for torch.save, before the next step.
+    Yields dict(step, steps, keep, forget, snapshot): the weighted losses; snapshot() -> dict for torch.save, before the next step.
     Raises FloatingPointError at the first non-finite loss, naming the step and the time t; ValueError for forget without a forget_loss.
     """
     if forget is not None and forget_loss is None:
@@ -854,7 +861,7 @@ DATASETS = dict(        # name: (default --forget, default --sde, the files torc
 def load_data(name, root="data"):
     """A data set as dict(name, train, train_labels, test, test_labels, classes).
 
-    name: one of DATASETS, or the path of an .npz with images (N, H, W) or (N, H, W, C) uint8, labels (N,) or attributes (N, A),
+    name: one of DATASETS, or the path of an .npz with images (N, H, W) or (N, H, W, C) uint8, labels (N,) or attributes (N, A) (0 or -1: no),
     and, if you like, class_names or attribute_names, and split (N,) whose highest number, 1 or more, is for testing: 0, 1, or 0, 1, 2
     with a validation part that is trained on (without split a random sixth is for testing).
     torchvision downloads what is missing below root. Labels of attribute data are (N, A) bool; see choose(). Raises UsageError saying
@@ -923,7 +930,7 @@ def load_npz(path):
             z = {k: z[k] for k in z.files}
         kind, dims = ("attribute", 2) if "attributes" in z else ("class", 1)
         x, y = torch.from_numpy(z["images"]), torch.from_numpy(z["attributes"] if dims == 2 else z["labels"])
-        y = y.bool() if dims == 2 else y.long()
+        y = y > 0 if dims == 2 else y.long()
         if "split" in z:
             split = torch.from_numpy(z["split"] == max(z["split"].max(initial=0), 1))  # 2 in CelebA, whose 0 and 1 are trained on
         else:
@@ -931,10 +938,10 @@ def load_npz(path):
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
     except Exception as error:
-        raise UsageError(f"{path} is damaged or has no 'images' and 'labels' (or 'attributes'): {type(error).__name__}: {error}") from None
+        raise UsageError(f"{path} is damaged, has no 'images' and 'labels' (or 'attributes'), or its 'split' is not of numbers: {type(error).__name__}: {error}") from None
     if x.dtype != torch.uint8 or x.dim() not in (3, 4) or x.shape[1] != x.shape[2]:
         raise UsageError(f"{path}: images must be square and uint8, (N, H, W) or (N, H, W, C); found {x.dtype} {tuple(x.shape)}")
-    if y.dim() != dims or not len(x) == len(y) == split.numel() > 0:
+    if y.dim() != dims or split.dim() != 1 or not len(x) == len(y) == len(split) > 0:
         raise UsageError(f"{path}: {len(x)} images need as many labels (N,) or attributes (N, A), and split (N,) if any; found {tuple(y.shape)} and {tuple(split.shape)}")
     highest = y.shape[1] - 1 if dims == 2 else int(y.max())
     names = [str(n) for n in z.get(f"{kind}_names", range(highest + 1))]
@@ -1052,6 +1059,8 @@ def train_judge(data, width=16, epochs=4, lr=6e-3, batch_size=256, flip=False, p
     """A Judge of data, by AdamW, one cycle of the rate, random shifts (and flips), label smoothing; a generator that yields
     (step, steps, judge) after every step; the judge is ready when it is exhausted: for step, steps, judge in train_judge(data): pass."""
     x, y = data["train"].to(device), data["train_labels"].to(device)
+    if len(x) < 2 * batch_size:
+        batch_size = max(len(x) // 16, 2)                                               # a handful of images still wants some steps an epoch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judge = Judge(x.shape[1], len(data["classes"]), width).to(device)
@@ -1059,7 +1068,7 @@ def train_judge(data, width=16, epochs=4, lr=6e-3, batch_size=256, flip=False, p
     per_epoch = max(len(x) // batch_size, 1)
     steps = epochs * per_epoch
     optimiser = torch.optim.AdamW(judge.parameters(), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.2 if steps > 9 else 0.3)       # 0.2 of 5 steps divides by 0
     pad = max(x.shape[2] // 14, 2)
     for step in range(steps):
         if step % per_epoch == 0:
@@ -1145,6 +1154,7 @@ def judged(probs, features, data, reference):
     """What the results say of generated images. probs: (N, K), features: (N, F), reference: features (M, F) of real D_g images.
 
     -> dict(unlearning_ratio with a share per forgotten class, total, n and ci95; unsure, class_histogram, frechet_kept), shares in [0, 1].
+    unsure: no class reaches 1/2. None for two classes, one of which always does.
     """
     n, classes = probs.shape
     label, forgotten = probs.argmax(1), torch.tensor(data["forget"])
@@ -1153,7 +1163,7 @@ def judged(probs, features, data, reference):
     kept = features[~hit]
     return dict(unlearning_ratio={**{data["classes"][c]: share[data["classes"][c]] for c in data["forget"]},
                                   "total": int(hit.sum()) / n, "n": n, "ci95": wilson(int(hit.sum()), n)},
-                unsure=int((probs.amax(1) < 0.5).sum()) / n, class_histogram=share,
+                unsure=int((probs.amax(1) < 0.5).sum()) / n if classes > 2 else None, class_histogram=share,
                 frechet_kept=frechet(kept, reference) if min(len(kept), len(reference)) > 1 else None)
 
 
@@ -1163,7 +1173,7 @@ def judged(probs, features, data, reference):
 
 # How to fine-tune: (share of --steps, share of --lr, the noise levels sigma at which the forget loss acts, the forget loss's weight).
 # What harms the longer it acts gets few, small steps. The optimum of the relative loss is bounded, and it can take its time; guidance
-# pays where digits are decided, and only there. Section 7 says which weight suits which loss.
+# pays where digits are decided, and only there. NegGrad and SISS are BRIEF with the weight of squares. Section 7 says why.
 BRIEF, LONG = (0.09, 0.5, (0., 6.), forget_weight), (0.15, 1.0, (0.2, 3.), keep_weight)
 SQUARES = BRIEF[:3] + (keep_weight,)
 METHODS = dict(             # name: (what it is trained on, forget loss, its default alpha, how to fine-tune)
@@ -1175,8 +1185,8 @@ METHODS = dict(             # name: (what it is trained on, forget loss, its def
     finetune=("D_g", None, 1.0, LONG),                             # the rivals: see section 3 and train()
     neggrad=("D_g, D_f", neggrad_loss, 0.95, SQUARES),
     siss=("D_g, D_f", neggrad_loss, 0.9, SQUARES),              # 1 - alpha: the forget gradient's share of the keep gradient
-    erasediff=("D_g, D_f", erasediff_loss, 0.9, SQUARES),
-    erasediff_zero=("D_g, D_f", erasediff_zero_loss, 0.9, SQUARES),
+    erasediff=("D_g, D_f", erasediff_loss, 0.9, BRIEF),
+    erasediff_zero=("D_g, D_f", erasediff_zero_loss, 0.9, BRIEF),
     salun=("D_g, D_f", obtuse_loss, 0.85, BRIEF),
     fisher=("D_g, D_f", neggrad_loss, 0.95, SQUARES),
 )
@@ -1448,7 +1458,7 @@ def run(opt, interrupted=lambda: False):
     config.update(network=data["network"], judge_network=list(preset["judge"]))
     if opt.fresh:
         for old in our_files():                                                        # nothing else: --out may hold files of the user's
-            if not opt.pretrained or (out / old).absolute() != pathlib.Path(opt.pretrained).absolute():
+            if not opt.pretrained or (out / old).resolve() != pathlib.Path(opt.pretrained).resolve():
                 (out / old).unlink(missing_ok=True)
     results = dict(config=config, command=command_of(asked), device=describe(device),
                    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__), seconds={}, judge={}, methods={})
@@ -1480,7 +1490,7 @@ def run(opt, interrupted=lambda: False):
     tasks = opt.tasks.split(",")
     probs, reference = opinions(judge, data["test"][~is_forgotten(data, "test")])
     results["judge"]["floor"] = float(torch.isin(probs.argmax(1), torch.tensor(data["forget"])).float().mean())
-    for method in opt.methods.split(","):
+    for method in sorted(opt.methods.split(","), key=lambda m: m != "standard"):       # Standard first: the others may start from it
         entry = results["methods"].setdefault(method, {})
         model, entry["recipe"] = get_model(method, out, data, opt, config, device, stage, pause)
         score = make_score(torch.compile(model) if opt.compile else model, sde, precision=opt.precision)
@@ -1500,7 +1510,7 @@ def run(opt, interrupted=lambda: False):
     save_json(out / "results.json", results)
     table = make_table(results)
     replace_file(out / "table.md", lambda p: p.write_text(table))
-    draw_pictures(out, data, opt, judge)
+    draw_pictures(out, data, results["methods"], judge)
     print(table + f"\nIn {out}: " + ", ".join(name for name in our_files() if (out / name).exists()))
     return results
 
@@ -1586,7 +1596,7 @@ def get_model(method, out, data, opt, config, device, stage, pause):
     if method == "relative":
         forget_loss = functools.partial(relative_loss, reference=make_score(copy.deepcopy(ema), sde, precision=opt.precision))
     elif method == "salun":
-        edit = saliency_mask(model, sde, forget, forget_loss, seed=opt.seed, precision=opt.precision)
+        edit = saliency_mask(model, sde, forget, forget_loss, window=how["window"], weighting=forget_weighting, seed=opt.seed, precision=opt.precision)
     elif method == "fisher":
         edit = fisher_penalty(model, sde, keep, seed=opt.seed, precision=opt.precision)
     for info in train(model, ema, sde, keep, forget, forget_loss, how["alpha"], steps=steps, batch_size=opt.batch_size, lr=how["lr"], warmup=steps // 20 + 1,
@@ -1746,7 +1756,8 @@ def make_table(results, table=None):
                   f"finds {100 * judge['floor']:.2f}% forgotten classes in real D_g images (its floor)."
                   + (f" Paper: Table {table}, SGU {'re-trained from scratch' if table == 2 else 'fine-tuned'}; ours {'fine-tuned' if finetuned else 're-trained'}." if paper else ""), ""]
         lines += head("quality")
-        lines.append(row("judge unsure, %", "ours", cells(lambda m: f"{100 * m['unsure']:.1f}")))
+        if first("unsure") is not None:                                                 # None: two classes, one of which always reaches 1/2
+            lines.append(row("judge unsure, %", "ours", cells(lambda m: f"{100 * m['unsure']:.1f}")))
         lines.append(row("Frechet distance, kept", "ours", cells(lambda m: f"{m['frechet_kept']:.2f}")))
         lines.append("")
     for field, title in (("nll_bits_per_dim", "NLL, bits/dim"), ("variational_bound_bits_per_dim", "variational bound, bits/dim")):
@@ -1769,10 +1780,10 @@ def make_table(results, table=None):
     return "\n".join(lines) + "\n"
 
 
-def draw_pictures(out, data, opt, judge):
-    """samples_<method>.png (what the judge calls forgotten is framed), before_after.png, losses.png, from what the run left in out."""
+def draw_pictures(out, data, methods, judge):
+    """samples_<method>.png (what the judge calls forgotten is framed), before_after.png, losses.png, from what the runs left in out."""
     from matplotlib.figure import Figure
-    methods, found = opt.methods.split(","), {}
+    methods, found = [m for m in methods if (out / f"{m}.pt").exists()], {}
     show = lambda ax, image: ax.imshow(image.transpose(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     for method in methods:
         path = out / f"samples_{method}.npz"
@@ -1802,7 +1813,8 @@ def draw_pictures(out, data, opt, judge):
         grid("before_after.png", [i for images, _ in found.values() for i in images[:n]], [f for _, framed in found.values() for f in framed[:n]],
              min(n, len(next(iter(found.values()))[0])), [TITLES.get(m, m) for m in found])
     for task in ("inpaint", "reconstruct"):
-        strips = {m: read_arrays(out / f"{task}_{m}.npz", "D_g", "D_f") for m in methods if (out / f"{task}_{m}.npz").exists()}
+        strips = {m: read_arrays(out / f"{task}_{m}.npz") for m in methods if (out / f"{task}_{m}.npz").exists()}
+        strips = {m: z for m, z in strips.items() if {"D_g", "D_f"} <= z.keys()}        # both: not stopped half way
         if strips:                                                                      # eight images of D_g, then eight of D_f, framed
             first, masks = next(iter(strips.values())), [is_forgotten(data, "test") == wanted for wanted in (False, True)]
             originals = [data["test"][mask][:min(8, len(first[key]))].numpy() for key, mask in zip(("D_g", "D_f"), masks)]
@@ -1822,8 +1834,8 @@ def draw_pictures(out, data, opt, judge):
             axes[0].plot(losses[:, 0], losses[:, 1], **look)
             if METHODS[method][1]:
                 axes[1].plot(losses[:, 0], losses[:, 2], **look)
-    axes[0].set(yscale="log", xlabel="step", title="keep loss (Eq. 8)"), axes[0].legend(frameon=False)
-    axes[1].set(xlabel="step", title="forget loss (Eq. 9 or 10)")
+    axes[0].set(yscale="log", xlabel="step", title="keep loss (Eq. 8), weighted"), axes[0].legend(frameon=False)
+    axes[1].set(xlabel="step", title="forget loss, weighted")
     figure.tight_layout()
     replace_file(out / "losses.png", lambda p: figure.savefig(p, dpi=110, format="png"))
 

@@ -1498,8 +1498,10 @@ def test_fisher_penalty(data_std, monkeypatch):
 @pytest.mark.parametrize("data_std", [0.5, 2.0])
 def test_saliency_mask(data_std, monkeypatch):
     """A third of three weights is trained: the one with the largest summed forget gradient (by differences); the others stand still."""
-    model, sde, data, sample = Affine(), SDES["VE"], 1 + torch.randn(50, 4, generator=seeded(3), dtype=F64), sgu.sample_times
+    seen, model, sde, data, sample = [], Affine(), SDES["VE"], 1 + torch.randn(50, 4, generator=seeded(3), dtype=F64), sgu.sample_times
     monkeypatch.setattr(sgu, "sample_times", lambda *a, **k: sample(*a, **k).to(F64))
+    assert sgu.saliency_mask(model, sde, data, sgu.obtuse_loss, window=(0.2, 0.3), weighting=lambda t: seen.append(t) or t, batches=1)
+    assert len(seen) == 1 and 0.2 <= seen[0].min() < seen[0].max() <= 0.3, "the mask must look where the forget loss will act, with its weight"
     edit = sgu.saliency_mask(model, sde, data, sgu.obtuse_loss, batches=4, batch_size=5, train_share=1 / 3, seed=2, data_std=data_std)
     saliency = gradients_by_differences(model, sde, data, sgu.obtuse_loss, sgu.forget_weight, data_std, 4, 5, 2).sum(0).abs()
     for p in model.parameters():
@@ -1773,6 +1775,8 @@ def test_npz_round_trip(tmp_path):
     data = sgu.load_data(path)
     assert data["classes"] == ["Bangs", "Hat"] and data["train_labels"].dtype == torch.bool
     assert data["test_labels"].tolist() == attributes[test.numpy()].astype(bool).tolist()
+    write_npz(path, labels=None, attributes=2 * attributes - 1, attribute_names=np.array(["Bangs", "Hat"]))             # CelebA's own -1 and 1
+    assert sgu.load_data(path)["test_labels"].tolist() == data["test_labels"].tolist()
     write_npz(path, images=np.full((24, 100, 100, 3), 77, dtype=np.uint8))
     assert sgu.load_data(path)["train"].shape == (20, 3, 64, 64) and (sgu.load_data(path)["train"] == 77).all()
 
@@ -1795,7 +1799,7 @@ def test_npz_that_will_not_do(tmp_path):
     images = np.zeros((24, 8, 8), dtype=np.uint8)
     for words, kw in (("'images'", dict(labels=None)), ("uint8", dict(images=images.astype(np.float32))), ("square", dict(images=images[:, :4])),
                       ("24 images", dict(labels=np.zeros(23, int))), ("labels", dict(labels=np.zeros((24, 2), int))),
-                      ("split", dict(split=np.zeros(5))), ("3 names", dict(class_names=np.array(list("abc")), labels=np.arange(24) % 4)),
+                      ("split", dict(split=np.zeros(5))), ("(24, 1)", dict(split=np.zeros((24, 1)))), ("split", dict(split=np.array(["train"] * 24))), ("3 names", dict(class_names=np.array(list("abc")), labels=np.arange(24) % 4)),
                       ("-1", dict(labels=np.arange(24) % 3 - 1)), ("24 images", dict(labels=None, attributes=np.zeros(24))),
                       ("1 names", dict(labels=None, attributes=np.zeros((24, 2)), attribute_names=np.array(["Hat"]))),
                       ("0 images", dict(images=images[:0], labels=np.zeros(0, int))), ("labels", dict(labels=np.array(["x"] * 24)))):
@@ -1966,6 +1970,8 @@ def test_judged():
     expect(got["unsure"], 2 / 6, "share of unsure images", 1e-9)
     expect(got["frechet_kept"], sgu.frechet(features[3:], reference), "Frechet distance of the kept images", 1e-9)
     assert sgu.judged(probs[:3], features[:3], data, reference)["frechet_kept"] is None, "nothing kept, no distance"
+    two = sgu.judged(probs[:, :2], features, dict(classes=["no", "yes"], forget=[1]), reference)
+    assert two["unsure"] is None, "of two classes one always has half: unsure would always be 0, and look like praise"
 
 
 def learn(x, y, **kw):
@@ -1993,7 +1999,17 @@ def test_judge_is_seeded():
     torch.manual_seed(2); b = learn(x, y, width=2, epochs=1, batch_size=50)
     assert same_weights(a, b), "the judge must depend on its seed alone"
     assert not same_weights(a, learn(x, y, width=2, epochs=1, batch_size=50, seed=1))
-    learn(x[:20].expand(-1, 3, -1, -1), y[:20], width=2, epochs=1, flip=True)          # one step of one small batch, in colour
+    learn(x[:20].expand(-1, 3, -1, -1), y[:20], width=2, epochs=1, flip=True)          # small batches, in colour
+
+
+@pytest.mark.parametrize("n, epochs", [(2, 1), (3, 5), (40, 5), (300, 5)])
+def test_judge_of_few_images(n, epochs):
+    """Whatever the number of steps; and so that a data set of one's own with forty images gives a judge that has seen something."""
+    x = torch.arange(n)[:, None, None, None].remainder(2).mul(200).to(torch.uint8).expand(n, 1, 28, 28)
+    y = torch.arange(n) % 2
+    judge = learn(x, y, width=2, epochs=epochs)
+    right = float((sgu.opinions(judge, x)[0].argmax(1) == y).float().mean())
+    assert n < 40 or right == 1, f"black and grey images are told apart in {right:.0%} of cases"
 
 
 class FakeClip(nn.Module):
@@ -2512,8 +2528,21 @@ def test_pretrained(tmp_path, small, capsys, no_pictures, monkeypatch, finished)
     argv = [*QUICK, "--methods", "standard,orthogonal", "--tasks", "sample"]
     assert command(capsys, *argv, "--pretrained", standard, "--out", tmp_path / "b")[0] == 0
     assert results_of(tmp_path / "b")["config"]["network"]["channels"] == [8, 16]
-    again = tmp_path / "b" / "standard.pt"                     # --fresh does not delete the file that it is to start from
-    assert command(capsys, *argv, "--pretrained", again, "--out", tmp_path / "b", "--fresh")[0] == 0 and equal_weights(again, standard)
+    for again in (tmp_path / "b" / "standard.pt", tmp_path / "a" / ".." / "b" / "standard.pt"):    # --fresh does not delete the file that it is to start from
+        assert command(capsys, *argv, "--pretrained", again, "--out", tmp_path / "b", "--fresh")[0] == 0 and equal_weights(again, standard)
+
+
+def test_methods_in_any_order_and_pictures_of_all(tmp_path, small, capsys):
+    """Standard is made first wherever it is named; a second call adds a method to the pictures; a task that was stopped half way is left out."""
+    from matplotlib.image import imread
+    argv = [*QUICK, "--tasks", "sample", "--out", tmp_path]
+    code, _, said = command(capsys, *argv, "--methods", "obtuse,standard")
+    assert code == 0, said
+    rows = imread(tmp_path / "before_after.png").shape[0]
+    np.savez(tmp_path / "inpaint_standard.npz", D_g=np.zeros((2, 1, 28, 28), np.uint8))
+    code, _, said = command(capsys, *argv, "--methods", "unseen")
+    assert code == 0 and not (tmp_path / "inpaint.png").exists(), said
+    assert abs(imread(tmp_path / "before_after.png").shape[0] / rows - 1.5) < 0.05, "three methods are in the folder, so three rows in the picture"
 
 
 @pytest.mark.parametrize("argv, steps", [((), 6), (("--sampler", "pc"), 3), (("--sampler", "ode"), 3), (("--sde", "ddpm"), 6), (("--sampler", "pc", "--sampler-steps", "5"), 5)])
@@ -2555,6 +2584,7 @@ def test_colour_and_attributes(side, tmp_path, small, capsys):
     r, name = results_of(out), "Bangs" if side == 32 else "a cat"
     assert r["config"]["sde"] == "vp" and r["config"]["forget"] == name and r["config"]["network"]["image_channels"] == 3
     check_finite(r["methods"])
+    assert ("judge unsure" in (out / "table.md").read_text()) == (side == 64), "of two classes one always has half"
     ratio = r["methods"]["obtuse"]["unlearning_ratio"]
     assert list(ratio) == [name, "total", "n", "ci95"] and r["methods"]["obtuse"]["nll_bits_per_dim"]["se"] == {"D_g": None, "D_f": None}
     assert set(r["methods"]["obtuse"]["class_histogram"]) == ({"no Bangs", "Bangs"} if side == 32 else {"a cat", "dog", "cow"})

@@ -303,7 +303,7 @@ def make_table(results):
     lines += [row(m["title"], *(percent(m["share"][k]) for k in ("em", "ode", "exact_em", "exact_ode"))) for m in methods.values()]
     real = results["share_real"]
     lines += ["", f"n = {n['share']['em']['n']} samples each, 95% Wilson intervals. Real data: {100 * real['D']:.1f} in D, {100 * real['D_g']:.1f} in "
-              "D_g, whose components reach that far. An unlearned score is the score of no density, so the two samplers draw from different laws, "
+              "D_g, whose components reach that far. An unlearned score is in general not that of one density at all noise levels, so the two samplers draw from different laws, "
               "and the NLL above belongs to the probability flow alone."]
     return "\n".join(lines) + "\n"
 

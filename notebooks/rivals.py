@@ -126,12 +126,13 @@ def toy_trial(method, setting, seed, final, size, name, out, data_root):
         ema, (keep, forget) = copy.deepcopy(model).requires_grad_(False), toy_training()
         if method == "relative":
             loss = functools.partial(loss, reference=sgu.make_score(copy.deepcopy(ema), sde, std))
-        edit = (sgu.saliency_mask(model, sde, forget, loss, seed=seed, data_std=std) if method == "salun" else
+        # the same weight on both losses, as in toy_gmm.py; EraseDiff, whose loss is no smaller in noise, gets the root (section 7 of sgu.py)
+        weight = (sgu.forget_weight if method.startswith("erasediff") else sgu.keep_weight)(sde, std)
+        edit = (sgu.saliency_mask(model, sde, forget, loss, weighting=weight, seed=seed, data_std=std) if method == "salun" else
                 sgu.fisher_penalty(model, sde, keep, seed=seed, data_std=std) if method == "fisher" else None)
         how = dict(alpha=alpha, steps=steps_of(method, size), lr=pace * size["lr"])
-        even = sgu.keep_weight(sde, std)                                # the same weight on both losses, as in toy_gmm.py
         for info in sgu.train(model, ema, sde, keep, forget if loss else None, loss, alpha, steps=how["steps"], lr=how["lr"], batch_size=size["batch_size"], warmup=how["steps"] // 20 + 1,
-                              ema_decay=0.99, data_std=std, forget_weighting=even, seed=seed, forget_ratio=1 - alpha if method == "siss" else None, edit_gradient=edit):
+                              ema_decay=0.99, data_std=std, forget_weighting=weight, seed=seed, forget_ratio=1 - alpha if method == "siss" else None, edit_gradient=edit):
             pass
         model = ema
     score, trained = sgu.make_score(model.requires_grad_(False), sde, std), time.time()

@@ -116,7 +116,7 @@ line_3_3 = 4
 
 # %% check 3.3 (3 points)
 with test_sgu.planted_bug(line_3_3, "3.3"):
-    test_sgu.check_ode_map(ode_sample, SDES["VP"], steps=100)
+    test_sgu.check_ode_map(ode_sample, SDES["VP"], steps=100, tol=0.002)    # Euler is off by 0.005
 
 # %% [markdown]
 # ## Question 3.4 (2 points, 10 minutes): predict, then run
