@@ -424,18 +424,13 @@ def check_agreement(agreement, sde=SDES["VE"]):
     """agreement(score, sde, x0, t, z) -> e.z / D of each image."""
     x0, t, z, e = loss_example(sde)
     d, s = inner(e, z), sde.marginal(t)[1]
-    given = []
-    def score(x, t):
-        given.append(x)
-        return planted(sde, e)(x, t)
-    got = agreement(score, sde, x0, t, z)
-    a, s_all = (sgu.expand(v, x0) for v in sde.marginal(t))
-    expect(given[0], a * x0 + s_all * z, "the noised image x_t that the score was given", 1e-6)
+    check_noising(agreement, sde)
+    got = agreement(planted(sde, e), sde, x0, t, z)
     assert torch.as_tensor(got).numel() == 3, f"one number per image, (B,): yours has the shape {tuple(torch.as_tensor(got).shape)}"
     expect(got, d, "e.z / D of three images", 1e-6, {
         "the sign of e is flipped: e = -s score": -d, "you summed over the pixels: divide by D": 8 * d,
         "this is score.z / D: e = -s score": -d / s, "s is missing: e = -s score": d / s, "this is score.u / D: multiply by s^2": d / s ** 2})
-    check_trainable(agreement(lambda x, t: (-e / s_all).requires_grad_(), sde, x0, t, z))
+    check_trainable(agreement(lambda x, t: (-e).requires_grad_(), sde, x0, t, z))
 
 
 def check_orthogonal(orthogonal_loss=sgu.orthogonal_loss, sde=SDES["VE"]):
@@ -841,7 +836,7 @@ def check_likelihood(log_likelihood=sgu.log_likelihood, sde=SDES["VP"], prior_mi
         assert off <= prior_mismatch, f"log p at t_min = 0.2: mean absolute error {off:.4f} nats: start at y = x / a(t_min), and end with D log(a(1)/a(t_min))"
 
 
-def heun_likelihood(x, sde, steps, e_sign=1, div_sign=1, sigma_in=1, moved=1, second=1, prior_a=1, log_term=None):
+def heun_likelihood(x, sde, steps, e_sign=1, div_sign=1, sigma_in=1, moved=1, second=1, prior_a=1, log_term=2):
     """log p of points x: (B, 2) of the toy mixture by Heun's method in log sigma, as exercise 4.3 asks for it; the options are mistakes."""
     a, s = sde.marginal(torch.tensor([sde.t_min, 1.], dtype=F64))
     lo, hi = (s / a).log().tolist()
@@ -860,7 +855,7 @@ def heun_likelihood(x, sde, steps, e_sign=1, div_sign=1, sigma_in=1, moved=1, se
         k2, d2 = flow(y + h * k1, i + 1) if second else (k1, d1)
         d2 = d2 if moved else flow(y, i + 1)[1]
         y, total = y + h / 2 * (k1 + k2), total + h / 2 * (d1 + d2)
-    return sde.prior_log_prob(a[-1] * y if prior_a else y) + (2 if log_term is None else log_term) * float((a[-1] / a[0]).log()) + total
+    return sde.prior_log_prob(a[-1] * y if prior_a else y) + log_term * float((a[-1] / a[0]).log()) + total
 
 
 def check_heun_likelihood(log_likelihood, sde=SDES["VP"], steps=20):
@@ -1609,9 +1604,9 @@ def check_report(report):
         rest = torch.full((10,), (1 - p) / 9)
         rest[label] = p
         return rest
-    rows = ([probs(i % 3, (0.5, 0.6)[i % 2] if i < 6 else 0.9) for i in range(40)] + [probs((3, 7)[i % 2], 0.8) for i in range(25)]
+    rows = torch.stack([probs(i % 3, (0.5, 0.6)[i % 2] if i < 6 else 0.9) for i in range(40)] + [probs((3, 7)[i % 2], 0.8) for i in range(25)]
             + [probs((1, 5, 8)[i % 3], (0.3, 0.45)[i % 2]) for i in range(30)] + [probs((3, 7)[i % 2], 0.3) for i in range(5)])
-    got, rows = report(torch.stack(rows), [3, 7]), torch.stack(rows)
+    got = report(rows, [3, 7])
     assert isinstance(got, dict) and {"ratio", "unsure", "kept"} <= got.keys(), "report returns dict(ratio=..., unsure=..., kept=...)"
     expect(got["ratio"], 0.30, "share of forgotten classes", 1e-6, {
         "unsure samples are counted as hits, whatever they look like": 0.6, "this is the share of what was NOT found": 0.7,
@@ -2945,13 +2940,13 @@ BUG_LINES = {"1.5": (6,), "3.3": (4,), "4.4": (6, 5), "5.2": (4,), "5.3": (6, 5)
 def planted_bug(line, question):
     """The checks of a find-the-bug question, then its line. While no line is named (0), a failing check tells the symptom, not the cause."""
     said = re.findall(r"\d+", str(line).removesuffix(".0"))
-    named = len(said) == 1 and int(said[0]) > 0
+    named, variable = len(said) == 1 and int(said[0]) > 0, f"line_{question.replace('.', '_')}"
     try:
         yield
     except AssertionError as error:
         symptom = getattr(error, "symptom", str(error).partition(": ")[0])
-        raise AssertionError(str(error) if named else f"{symptom}; which line makes it so? With its number in line_{question.replace('.', '_')} this check says more") from None
-    assert named, f"the function is right now; put the number of the line that was wrong into line_{question.replace('.', '_')}"
+        raise AssertionError(str(error) if named else f"{symptom}; which line makes it so? With its number in {variable} this check says more") from None
+    assert named, f"the function is right now; put the number of the line that was wrong into {variable}"
     assert int(said[0]) in BUG_LINES[question], f"the function is right now, but the bug was planted in another line than {line!r}: where do things first go wrong?"
 
 
@@ -3196,6 +3191,11 @@ def frechet_by(turn):
     return distance
 
 
+def heun_with(**mistake):
+    """A student's log-likelihood by Heun's method with one of the mistakes of heun_likelihood."""
+    return lambda score, sde, x, steps: heun_likelihood(x, sde, steps, **mistake)
+
+
 WRONG = dict(                                                  # what students hand in: (the check, its arguments, what it must say)
     ve_constants=(check_ve_marginal, (SDES["VE"].marginal, 0.1, 5.), "sigma_min and sigma_max are not used"),
     vp_constants=(check_vp_marginal, (SDES["VP"].marginal, 0.2, 8.), "beta_0 and beta_1 are not used"),
@@ -3221,11 +3221,11 @@ WRONG = dict(                                                  # what students h
     report_constants=(check_report, (report_of(0.5, [3, 7]),), "argument forget is not used"),
     frechet_transposed=(check_frechet, (frechet_by(lambda v: v.T),), "three dimensions"),
     likelihood_scalar_time=(check_heun_likelihood, (lambda score, sde, x, steps: score(x, torch.tensor(0.5)),), "one time per point"),
-    likelihood_unmoved=(check_heun_likelihood, (lambda score, sde, x, steps: heun_likelihood(x, sde, steps, moved=0),), "predicted point"),
-    likelihood_sign=(check_heun_likelihood, (lambda score, sde, x, steps: heun_likelihood(x, sde, steps, div_sign=-1),), "sign of the divergence"),
-    likelihood_e=(check_heun_likelihood, (lambda score, sde, x, steps: heun_likelihood(x, sde, steps, e_sign=-1),), "sign of e"),
-    likelihood_euler=(check_heun_likelihood, (lambda score, sde, x, steps: heun_likelihood(x, sde, steps, second=0),), "Euler"),
-    likelihood_log_a=(check_heun_likelihood, (lambda score, sde, x, steps: heun_likelihood(x, sde, steps, log_term=0),), "is missing: y = x/a"),
+    likelihood_unmoved=(check_heun_likelihood, (heun_with(moved=0),), "predicted point"),
+    likelihood_sign=(check_heun_likelihood, (heun_with(div_sign=-1),), "sign of the divergence"),
+    likelihood_e=(check_heun_likelihood, (heun_with(e_sign=-1),), "sign of e"),
+    likelihood_euler=(check_heun_likelihood, (heun_with(second=0),), "Euler"),
+    likelihood_log_a=(check_heun_likelihood, (heun_with(log_term=0),), "is missing: y = x/a"),
 )
 
 
