@@ -530,9 +530,9 @@ def log_likelihood(score, sde, x, steps=16, probes=1, exact=False, generator=Non
                 div = wide(sum(torch.autograd.grad(ej.sum(), y, retain_graph=True)[0].flatten(1)[:, j] for j, ej in enumerate(flat)))
             else:
                 div = 0
-                for _ in range(probes):
+                for k in range(probes):
                     v = torch.stack([torch.randint(2, y.shape[1:], generator=g) for g in signs]).to(y) * 2 - 1
-                    vjp, = torch.autograd.grad((e * v).sum(), y, retain_graph=True)    # v (de/dy), one backward pass for the batch
+                    vjp, = torch.autograd.grad((e * v).sum(), y, retain_graph=k + 1 < probes)    # v (de/dy), one backward pass for the batch
                     div = div + wide((vjp * v).flatten(1).sum(1)) / probes
         q = float(sigma[i] / c[i])
         return q * (e.detach() - q * w), float(sigma[i]) * div - d * q ** 2
@@ -1203,11 +1203,12 @@ PRESETS = {
     (28, "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=5000, batch_size=64, lr=5e-3, samples=2000, evaluations=120, likelihood_samples=100, judge=(8, 5)),
     (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, evaluations=120, likelihood_samples=1000, judge=(32, 8)),
     (32, "cpu"): dict(channels=(48, 96), patch=2, blocks=1, steps=2000, batch_size=64, lr=3e-3, samples=500, evaluations=100, likelihood_samples=64, judge=(16, 10)),
-    (32, "gpu"): dict(channels=(128, 256, 256), patch=1, blocks=2, steps=60000, batch_size=256, lr=5e-4, samples=10000, evaluations=500, likelihood_samples=1000, judge=(64, 24)),
+    (32, "gpu"): dict(channels=(192, 384), patch=2, blocks=1, steps=6000, batch_size=256, lr=1e-3, samples=10000, evaluations=100, likelihood_samples=500, judge=(64, 24)),
     (64, "cpu"): dict(channels=(32, 64, 128), patch=2, blocks=1, steps=3000, batch_size=32, lr=2e-3, samples=500, evaluations=100, likelihood_samples=32, judge=(16, 10)),
-    (64, "gpu"): dict(channels=(128, 256, 256, 256), patch=2, blocks=2, steps=60000, batch_size=128, lr=5e-4, samples=10000, evaluations=500, likelihood_samples=1000, judge=(64, 30)),
+    (64, "gpu"): dict(channels=(96, 192, 384), patch=2, blocks=1, steps=4000, batch_size=128, lr=1e-3, samples=10000, evaluations=100, likelihood_samples=250, judge=(64, 30)),
 }
-PRESETS["stl10", "cpu"] = PRESETS[64, "cpu"] | dict(judge=(16, 20))                     # its judge has 5,000 images to learn from
+for kind, judge in (("cpu", (16, 20)), ("gpu", (64, 80))):                              # its judge has 5,000 images to learn from
+    PRESETS["stl10", kind] = PRESETS[64, kind] | dict(judge=judge)
 
 
 def option(default, text, **kw):
@@ -1238,7 +1239,7 @@ class Options:
     judge: str = option("cnn", "who judges: our own network trained on the data, or CLIP through open_clip where it is installed", choices=("cnn", "clip"))
     tasks: str = option("sample,likelihood", "what to measure: sample, likelihood, inpaint, reconstruct")
     device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option("float32", "arithmetic of the network", choices=("float32", "bfloat16"))
+    precision: str = option(None, "arithmetic of the networks, but for likelihoods, which are always float32 (default bfloat16 on cuda, else float32)", choices=("float32", "bfloat16"))
     compile: bool = option(False, "torch.compile the network: pays in long runs on a GPU")
     seed: int = option(0, "one number decides everything random")
     data_root: str = option("data", "folder of the data sets; missing files are downloaded there", metavar="DIR")
@@ -1271,6 +1272,7 @@ def resolve(opt):
     if opt.device == "auto":
         opt.device = next(name for name in ("cuda", "mps", "cpu") if kinds[name])
     require(kinds[opt.device], f"--device {opt.device}: this machine or this build of torch has none; use --device cpu")
+    opt.precision = opt.precision or ("bfloat16" if opt.device == "cuda" else "float32")
     opt.methods, opt.tasks = (",".join(word.strip() for word in words.split(",")) for words in (opt.methods, opt.tasks))
     methods = opt.methods.split(",")
     for name in methods:
@@ -1493,7 +1495,8 @@ def run(opt, interrupted=lambda: False):
     for method in sorted(opt.methods.split(","), key=lambda m: m != "standard"):       # Standard first: the others may start from it
         entry = results["methods"].setdefault(method, {})
         model, entry["recipe"] = get_model(method, out, data, opt, config, device, stage, pause)
-        score = make_score(torch.compile(model) if opt.compile else model, sde, precision=opt.precision)
+        network = torch.compile(model) if opt.compile else model
+        score = make_score(network, sde, precision=opt.precision)
         if "sample" in tasks and "unlearning_ratio" not in entry:
             images = get_samples(method, score, sde, out, data, opt, device, stage, pause)
             entry.update(judged(*opinions(judge, images), data, reference))
@@ -1504,7 +1507,8 @@ def run(opt, interrupted=lambda: False):
                 save_json(out / "results.json", results)
         key = "variational_bound_bits_per_dim" if opt.sde == "ddpm" else "nll_bits_per_dim"
         if "likelihood" in tasks and key not in entry:
-            entry[key] = measure_likelihood(method, score, sde, out, data, opt, device, stage, pause)
+            exact = make_score(network, sde)               # float32: bfloat16 moves a likelihood by hundredths of a bit
+            entry[key] = measure_likelihood(method, exact, sde, out, data, opt, device, stage, pause)
             save_json(out / "results.json", results)
     results["seconds"]["total"] = round(sum(v for k, v in results["seconds"].items() if k != "total"), 1)
     save_json(out / "results.json", results)
@@ -1542,7 +1546,7 @@ def get_judge(out, data, config, opt, device, results, stage, pause):
         judge = load_judge(path, device)
     else:
         start, bar = time.time(), None
-        for step, steps, judge in train_judge(data, width, epochs, flip=data["train"].shape[1] == 3, device=device, seed=opt.seed):
+        for step, steps, judge in train_judge(data, width, epochs, flip=data["train"].shape[1] == 3, precision=opt.precision, device=device, seed=opt.seed):
             bar = bar or Progress("judge", steps)
             bar(step)
             pause()
@@ -1638,7 +1642,7 @@ def in_chunks(label, path, key, total, chunk, compute, opt, device, stage, pause
         rows = slice(done, min(done + chunk, total))
         parts.append(compute(rows, torch.Generator(device).manual_seed(opt.seed * 1_000_003 + rows.start)))
         done, kept[key] = rows.stop, torch.cat(parts).numpy()
-        replace_file(path, lambda p: np.savez_compressed(p, **kept))
+        replace_file(path, lambda p: np.savez(p, **kept))
         bar(done)
         stage(" ".join(label.split()[:2]), time.time() - start)
         start = time.time()
@@ -1651,7 +1655,7 @@ def get_samples(method, score, sde, out, data, opt, device, stage, pause):
     def compute(rows, g):
         shape = (rows.stop - rows.start, *data["train"].shape[1:])
         return to_levels(SAMPLERS[opt.sampler](score, sde, shape, steps=opt.sampler_steps, generator=g, device=device))
-    return in_chunks(f"sample {method}", out / f"samples_{method}.npz", "images", opt.samples, 250 if device.type == "cpu" else 1000, compute, opt, device, stage, pause)
+    return in_chunks(f"sample {method}", out / f"samples_{method}.npz", "images", opt.samples, 250, compute, opt, device, stage, pause)
 
 
 def measure_likelihood(method, score, sde, out, data, opt, device, stage, pause):
@@ -1681,7 +1685,7 @@ def measure_restoration(task, method, score, sde, judge, out, data, opt, device,
         def compute(rows, g):
             images = from_levels(x[rows].to(device))
             return to_levels(inpaint(score, sde, images, known, generator=g) if task == "inpaint" else reconstruct(score, sde, images, generator=g))
-        restored = in_chunks(f"{task} {method} {key}", out / f"{task}_{method}.npz", key, len(x), 50 if device.type == "cpu" else 500, compute, opt, device, stage, pause)
+        restored = in_chunks(f"{task} {method} {key}", out / f"{task}_{method}.npz", key, len(x), 50 if device.type == "cpu" else 250, compute, opt, device, stage, pause)
         (probs, features), (clean_probs, clean) = opinions(judge, restored), opinions(judge, x)
         right = int((probs.argmax(1) == labels).sum())
         result[key] = dict(accuracy=right / len(x), ci95=wilson(right, len(x)), clean=float((clean_probs.argmax(1) == labels).float().mean()),
