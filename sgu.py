@@ -224,7 +224,8 @@ class UNet(nn.Module):
     def forward(self, x, level):                               # x: (B, C, H, W), level: (B,) is log(sigma) / 4
         angles = level[:, None] * self.freqs                   # (B, 16)
         emb = self.embed(torch.cat([angles.sin(), angles.cos()], dim=1))
-        h = self.inp(F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last))
+        with torch.autocast(x.device.type, enabled=False):     # bfloat16 rounds a pixel near 1 by 1/256: as much as the faintest noise
+            h = self.inp(F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last))
         skips = []
         for layer in self.down:
             h = layer(h, emb) if isinstance(layer, Block) else layer(h)
@@ -373,7 +374,7 @@ def sgu_loss(score, sde, x_g, x_f, alpha, forget_loss=orthogonal_loss, weighting
 # =====================================================================================================================
 # 4. Samplers.  Eq. 4, from t = 1 down:  dx = [f(x, t) - g(t)^2 score(x, t)] dt + g(t) dw
 #
-# All but the DDPM's own share one grid of times, evenly spaced in sigma^(1/7) (Karras et al. 2022): steps in sigma shrink with sigma,
+# All but the DDPM's chain share one grid of times, evenly spaced in sigma^(1/7) (Karras et al. 2022): steps in sigma shrink with sigma,
 # steps in log sigma (VE's t) grow towards data.
 # The grid and its coefficients are float64 numbers on the CPU; images stay float32 on their device. All end with one step to
 # the mean E[x0 | x_t] = (x + s^2 score)/a, which removes the last, invisible noise.
@@ -410,6 +411,17 @@ def reverse_step(score, sde, x, t, t_next, generator):
     """One Euler-Maruyama step of Eq. 4 from t down to t_next."""
     dt, g, tb = float(t - t_next), float(sde.diffusion(t)), t.reshape(1).to(x)
     return x - (sde.drift(x, tb) - g ** 2 * score_at(score, x, t)) * dt + g * math.sqrt(dt) * noise_like(x, generator)
+
+
+def ancestral_step(score, sde, x, t, t_next, generator):
+    """One step from t down to t_next, drawn from q(x_{t_next} | x_t, x_0), with the mean image behind x for x_0 (Ho et al. 2020, their Eq. 7).
+
+    y = x/a goes to m + r^2 (y - m) + sigma_next sqrt(1 - r^2) z, with m the mean image and r = sigma_next/sigma. However long the step,
+    the noise left is what t_next calls for; Euler-Maruyama's, whose score lags behind, settles at about 1/r times that variance.
+    """
+    (a, a_next), (s, s_next) = (v.tolist() for v in sde.marginal(torch.stack([t, t_next])))
+    mean, r2 = denoise(score, sde, x, t), (s_next / a_next * a / s) ** 2
+    return a_next * (mean + r2 * (x / a - mean)) + s_next * math.sqrt(1 - r2) * noise_like(x, generator)
 
 
 def langevin_step(score, sde, x, t, snr, generator):
@@ -464,23 +476,22 @@ def ode_sample(score, sde, shape, steps=25, generator=None, device=None):
 
 @torch.no_grad()
 def ancestral_sample(score, sde, shape, steps=None, generator=None, device=None):
-    """DDPM's own sampler: x_{k-1} = (x_k + beta_k score)/sqrt(1 - beta_k) + sqrt(beta_k) z, no noise at the last step.
+    """Samples by ancestral_step, x: shape: DDPM's own sampler, and for VE and VP a better one than Euler-Maruyama where steps are few.
 
-    steps < sde.n_steps walks an even subset of the chain, whose beta is 1 - a(t)^2/a(t_next)^2. x: (B, ...); steps evaluations.
+    steps: for a DDPM a part of its chain, evenly spread, or all of it (None), steps evaluations; else 100 or as many as given, and one to end.
+    Of the two variances of Ho et al. this is the posterior's; the other, beta, leaves noise where steps of the chain are skipped.
     """
-    n = sde.n_steps
-    if not 1 <= (steps := steps or n) <= n:
-        raise ValueError(f"ancestral steps must be in 1..{n}, not {steps}")
+    if chain := isinstance(sde, DDPM):
+        n = sde.n_steps
+        if not 1 <= (steps := n if steps is None else steps) <= n:
+            raise ValueError(f"ancestral steps must be in 1..{n}, not {steps}")
+        grid = torch.linspace(n, 0, steps + 1, dtype=torch.float64).round() / n
+    else:
+        grid = time_grid(sde, 100 if steps is None else steps)
     x = sde.prior_sample(shape, generator, device)
-    chain = torch.linspace(n, 0, steps + 1, dtype=torch.float64).round() / n
-    log_a = sde.log_a(chain)
-    for i in range(steps):
-        log_keep = 2 * float(log_a[i] - log_a[i + 1])                                  # log(1 - beta)
-        beta = -math.expm1(log_keep)
-        x = (x + beta * score_at(score, x, chain[i])) / math.exp(log_keep / 2)
-        if i + 1 < steps:
-            x = x + math.sqrt(beta) * noise_like(x, generator)
-    return x
+    for t, t_next in zip(grid, grid[1:]):
+        x = ancestral_step(score, sde, x, t, t_next, generator)
+    return x if chain else denoise(score, sde, x, grid[-1])                            # the chain's last step, to s = 0, ends at the mean
 
 
 # =====================================================================================================================
@@ -1203,12 +1214,12 @@ PRESETS = {
     (28, "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=5000, batch_size=64, lr=5e-3, samples=2000, evaluations=120, likelihood_samples=100, judge=(8, 5)),
     (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, evaluations=120, likelihood_samples=1000, judge=(32, 8)),
     (32, "cpu"): dict(channels=(48, 96), patch=2, blocks=1, steps=2000, batch_size=64, lr=3e-3, samples=500, evaluations=100, likelihood_samples=64, judge=(16, 10)),
-    (32, "gpu"): dict(channels=(192, 384), patch=2, blocks=1, steps=6000, batch_size=256, lr=1e-3, samples=10000, evaluations=100, likelihood_samples=500, judge=(64, 24)),
+    (32, "gpu"): dict(channels=(192, 384), patch=2, blocks=1, steps=20000, batch_size=256, lr=1e-3, samples=10000, evaluations=100, likelihood_samples=500, judge=(64, 24)),
     (64, "cpu"): dict(channels=(32, 64, 128), patch=2, blocks=1, steps=3000, batch_size=32, lr=2e-3, samples=500, evaluations=100, likelihood_samples=32, judge=(16, 10)),
-    (64, "gpu"): dict(channels=(96, 192, 384), patch=2, blocks=1, steps=4000, batch_size=128, lr=1e-3, samples=10000, evaluations=100, likelihood_samples=250, judge=(64, 30)),
+    (64, "gpu"): dict(channels=(96, 192, 384), patch=2, blocks=1, steps=20000, batch_size=128, lr=1e-3, samples=10000, evaluations=100, likelihood_samples=250, judge=(64, 30)),
 }
-for kind, judge in (("cpu", (16, 20)), ("gpu", (64, 80))):                              # its judge has 5,000 images to learn from
-    PRESETS["stl10", kind] = PRESETS[64, kind] | dict(judge=judge)
+PRESETS["stl10", "cpu"] = PRESETS[64, "cpu"] | dict(judge=(16, 20))                     # its judge has 5,000 images to learn from
+PRESETS["stl10", "gpu"] = PRESETS[64, "gpu"] | dict(judge=(64, 80))
 
 
 def option(default, text, **kw):
@@ -1232,7 +1243,7 @@ class Options:
     batch_size: int = option(None, "images per step")
     lr: float = option(None, "peak learning rate of Adam")
     unlearn_lr: float = option(None, "peak learning rate of the fine-tuning (default: the method's own, --lr or half of it)")
-    sampler: str = option(None, "em, pc, ode, or ancestral (default em, for ddpm ancestral)", choices=tuple(SAMPLERS))
+    sampler: str = option(None, "em, pc, ode, or ancestral (default em for ve, else ancestral)", choices=tuple(SAMPLERS))
     sampler_steps: int = option(None, "sampler steps (default: as many as spend the evaluations of the network that the preset allows a sample)")
     samples: int = option(None, "images to draw from each model")
     likelihood_samples: int = option(None, "test images of D_g and of D_f whose likelihood is computed; as many are inpainted and reconstructed")
@@ -1295,12 +1306,11 @@ def resolve(opt):
     default_forget, default_sde, _ = DATASETS.get(opt.dataset, (None, "vp", ""))
     opt.forget, opt.sde = default_forget if opt.forget is None else opt.forget, opt.sde or default_sde
     require(opt.forget is not None, "--forget: say what to forget, for instance --forget 3,7")
-    opt.sampler = opt.sampler or ("ancestral" if opt.sde == "ddpm" else "em")
-    require(opt.sampler != "ancestral" or opt.sde == "ddpm", "--sampler ancestral belongs to --sde ddpm")
+    opt.sampler = opt.sampler or ("em" if opt.sde == "ve" else "ancestral")
     for name in ("steps", "unlearn_steps", "batch_size", "lr", "unlearn_lr", "sampler_steps", "samples", "likelihood_samples"):
         value = getattr(opt, name)
         require(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} must be positive, not {value}")
-    require(opt.sampler != "ancestral" or (opt.sampler_steps or 1) <= DDPM().n_steps, f"--sampler-steps: the chain has {DDPM().n_steps} steps, not {opt.sampler_steps}")
+    require(opt.sampler != "ancestral" or opt.sde != "ddpm" or (opt.sampler_steps or 1) <= DDPM().n_steps, f"--sampler-steps: the chain has {DDPM().n_steps} steps, not {opt.sampler_steps}")
     require(0 <= opt.seed < 2 ** 31, f"--seed must be in 0..{2 ** 31 - 1}, not {opt.seed}")
     if opt.judge == "clip":
         import importlib.util
@@ -1507,8 +1517,8 @@ def run(opt, interrupted=lambda: False):
                 save_json(out / "results.json", results)
         key = "variational_bound_bits_per_dim" if opt.sde == "ddpm" else "nll_bits_per_dim"
         if "likelihood" in tasks and key not in entry:
-            exact = make_score(network, sde)               # float32: bfloat16 moves a likelihood by hundredths of a bit
-            entry[key] = measure_likelihood(method, exact, sde, out, data, opt, device, stage, pause)
+            score = make_score(network, sde)               # float32: bfloat16 moves an unlearned network's likelihoods by hundredths of a bit
+            entry[key] = measure_likelihood(method, score, sde, out, data, opt, device, stage, pause)
             save_json(out / "results.json", results)
     results["seconds"]["total"] = round(sum(v for k, v in results["seconds"].items() if k != "total"), 1)
     save_json(out / "results.json", results)
@@ -1745,7 +1755,8 @@ def make_table(results, table=None):
                 return "-"
         return [one(m) for m in measured]
 
-    lines = [f"{config['dataset']}, {config['sde']}, forget {config['forget']}; {results['device']}; seed {config['seed']}; `{results['command']}`", ""]
+    lines = [f"{config['dataset']}, {config['sde']}, forget {config['forget']}; {results['device']}; seed {config['seed']}; `{results['command']}`"
+             + (f"; {results['remark']}" if "remark" in results else ""), ""]          # a remark is written into a results file by hand
     percent = lambda share, interval: f"{100 * share:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
     if ratio := first("unlearning_ratio"):
         lines += head("unlearning ratio, %")

@@ -360,6 +360,18 @@ def test_bfloat16_is_close_to_float32():
     assert half.dtype == torch.float32 and 1e-5 < off.max() < 0.04, f"relative difference of the network's part: {off.max():.2g}"
 
 
+def test_bfloat16_sees_faint_noise():
+    """A pixel near 1 is rounded by up to 1/256 in bfloat16, which would drown a noise of sigma 0.003: the first convolution is exact."""
+    net, seen = shaken_unet(), []
+    net.inp.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    x = 1 + 0.003 * torch.randn(4, 1, 8, 8, generator=seeded())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        net(x, torch.full((4,), -1.4))
+    folded = x.reshape(4, 1, 8 // net.patch, net.patch, 8 // net.patch, net.patch).permute(0, 1, 3, 5, 2, 4).reshape(4, net.patch ** 2, 8 // net.patch, -1)
+    want = nn.functional.conv2d(folded.to(F64), net.inp.weight.to(F64), net.inp.bias.to(F64), padding=1)
+    expect(seen[0], want, "features of the first convolution under bfloat16", 1e-5)
+
+
 # =====================================================================================================================
 # 3. Losses
 # =====================================================================================================================
@@ -732,9 +744,28 @@ def check_ode_map(ode_sample=sgu.ode_sample, sde=SDES["VP"], steps=25, tol=0.05)
     expect(x, want, f"probability flow, {steps} steps, against the Gaussian's flow", tol)
 
 
+def check_ancestral_step(ancestral_step=sgu.ancestral_step, sde=SDES["VP"], n=100_000):
+    """For data that are one single image x_t given x_{t_next} is a Gaussian, and Bayes' rule says what x_{t_next} given x_t is: one long
+    step must draw from that."""
+    image, point = torch.tensor([0.5, -0.25]), torch.tensor([1.5, -1.])
+    t, t_next = torch.tensor(0.6, dtype=F64), torch.tensor(0.4, dtype=F64)
+    (a, s), (a_next, s_next) = (tuple(map(float, sde.marginal(u))) for u in (t, t_next))
+    score = lambda x, _: -(x - a * image) / s ** 2
+    along = a / a_next                                                                  # x_t = along x_{t_next} + noise of this variance
+    noise = s ** 2 - (along * s_next) ** 2
+    precision = 1 / s_next ** 2 + along ** 2 / noise
+    mean = (a_next * image / s_next ** 2 + along * point / noise) / precision
+    x, std = ancestral_step(score, sde, point.expand(n, 2), t, t_next, seeded(12)), precision ** -0.5
+    expect((x.mean(0) - mean) / std, [0., 0.], "mean of a step, in standard deviations of the exact law", 5 / math.sqrt(n))
+    expect(x.std(0) / std, [1., 1.], "standard deviation of a step over the exact one", 5 / math.sqrt(2 * n), {
+        "this is beta, the larger of the two variances of a DDPM": [math.sqrt(noise) / along / std] * 2,
+        "the noise is missing, or one z serves the whole batch": [0.] * 2})
+    check_seeded(lambda g: ancestral_step(score, sde, point.expand(5, 2), t, t_next, g))
+
+
 def check_ancestral(ancestral_sample=sgu.ancestral_sample, n=50_000):
-    """Gaussian data under a 40-step chain: mean and variance obey x_{k-1} = (x_k + beta score)/sqrt(1 - beta) + sqrt(beta) z
-    exactly."""
+    """Gaussian data under a 40-step chain: mean and variance obey x_{k-1} = (x_k + beta score)/sqrt(1 - beta) + sqrt(beta~) z
+    exactly, beta~ = beta s_{k-1}^2/s_k^2 the variance of the posterior."""
     sde, m, v = sgu.DDPM(40, 0.002, 0.3), 0.4, torch.tensor([0.01, 0.09, 1.], dtype=F64)
     abar = np.concatenate([[1.], np.cumprod(1 - np.linspace(0.002, 0.3, 40))])
     def score(x, t):
@@ -747,7 +778,7 @@ def check_ancestral(ancestral_sample=sgu.ancestral_sample, n=50_000):
             keep, total = abar[k] / abar[k_next], abar[k] * v + 1 - abar[k]
             gain = (1 - (1 - keep) / total) / math.sqrt(keep)
             mean = gain * mean + (1 - keep) * math.sqrt(abar[k]) * m / total / math.sqrt(keep)
-            var = gain ** 2 * var + (1 - keep) * (k_next > 0)
+            var = gain ** 2 * var + (1 - keep) * (1 - abar[k_next]) / (1 - abar[k])
         x = ancestral_sample(score, sde, (n, 3), steps, seeded(8)).to(F64)
         last = 1 - abar[ks[-2]]
         expect((x.mean(0) - mean) / var.sqrt(), [0.] * 3, f"mean of {steps} ancestral steps, in standard deviations",
@@ -774,15 +805,14 @@ def test_reverse_step(sde):
 
 @every_sde
 @pytest.mark.parametrize("sampler, kw", [(sgu.euler_maruyama, {}), (sgu.predictor_corrector, {}), (sgu.ode_sample,
-        {"steps": 50})], ids=["em", "pc", "ode"])
+        {"steps": 50}), (sgu.ancestral_sample, {"steps": 200})], ids=["em", "pc", "ode", "ancestral"])
 def test_samplers(sampler, kw, sde):
     check_sampler(sampler, sde, **kw)
 
 
 @every_sde
 def test_samplers_end_clean_and_are_seeded(sde):
-    for sampler in (sgu.euler_maruyama, sgu.predictor_corrector, sgu.ode_sample) + ((sgu.ancestral_sample,) if isinstance(sde,
-            sgu.DDPM) else ()):
+    for sampler in (sgu.euler_maruyama, sgu.predictor_corrector, sgu.ode_sample, sgu.ancestral_sample):
         check_sampler_ends_clean(sampler, sde, steps=20)
         check_seeded(lambda g: sampler(TILTED.score(sde), sde, (5, 2), steps=4, generator=g))
 
@@ -798,11 +828,36 @@ def test_ode_map(sde):
     check_ode_map(sgu.ode_sample, sde, steps=200, tol=1e-3)
 
 
+@every_sde
+def test_ancestral_step(sde):
+    check_ancestral_step(sgu.ancestral_step, sde)
+
+
+@every_sde
+def test_noise_left_by_long_steps(sde, n=20_000):
+    """Half way down a grid of 60 steps, data that are one image: ancestral steps leave the noise of that time, Euler-Maruyama's about 1/r times its variance."""
+    score = lambda x, t: -(x - 0.5 * sgu.expand(sde.marginal(t.to(F64))[0], x)) / sgu.expand(sde.marginal(t.to(F64))[1], x) ** 2
+    grid = sgu.time_grid(sde, 60)[:41]
+    a, s = sde.marginal(grid)
+    left = {}
+    for step in (sgu.ancestral_step, sgu.reverse_step):
+        x, g = sde.prior_sample((n, 1), seeded(3)), seeded(4)
+        for t, t_next in zip(grid, grid[1:]):
+            x = step(score, sde, x, t, t_next, g)
+        left[step.__name__] = float((x.to(F64).var() / s[-1] ** 2))
+    r = float(s[-1] / a[-1] * a[-2] / s[-2])
+    expect(left["ancestral_step"], 1., "variance of ancestral steps over that of the noise", 5 * math.sqrt(2 / n))
+    assert 1.05 < 0.95 / r < left["reverse_step"] < 2 / r, (left, r)
+
+
 def test_ancestral():
     check_ancestral()
     check_sampler(sgu.ancestral_sample, SDES["DDPM"], n=5000)
-    with pytest.raises(ValueError, match="1..40"):
-        sgu.ancestral_sample(lambda x, t: x, sgu.DDPM(40), (1, 2), steps=41)
+    for steps in (0, 41):
+        with pytest.raises(ValueError, match="1..40"):
+            sgu.ancestral_sample(lambda x, t: x, sgu.DDPM(40), (1, 2), steps=steps)
+    with pytest.raises(ValueError, match="at least 1"):
+        sgu.ancestral_sample(lambda x, t: x, sgu.VE(), (1, 2), steps=0)
 
 
 # =====================================================================================================================
@@ -2239,7 +2294,7 @@ def test_part_by_part_equals_at_once(finished, tmp_path, small, capsys, no_pictu
     (["--dataset", "imagenet"], ("'imagenet'", "glyphs, mnist")), (["--dataset", "no/such.npz", "--forget", "1"], ("no/such.npz",)),
     (["--methods", "standard,magic"], ("'magic'", "obtuse")), (["--methods", "standard,standard"], ("twice",)),
     (["--methods", "obtuse"], ("obtuse", "standard")), (["--methods", ""], ("''",)), (["--tasks", "sing"], ("'sing'", "likelihood")),
-    (["--sampler", "leap"], ("leap", "ode")), (["--sampler", "ancestral"], ("ddpm",)), (["--device", "tpu"], ("tpu", "cuda")),
+    (["--sampler", "leap"], ("leap", "ode")), (["--device", "tpu"], ("tpu", "cuda")),
     (["--sde", "edm"], ("edm", "vp")), (["--precision", "float16"], ("float16", "bfloat16")), (["--training", "none"], ("finetune",)),
     (["--judge", "me"], ("cnn",)), (["--nonsense"], ("--nonsense",)), (["--steps", "1.5"], ("1.5",)), (["--steps", "many"], ("many",)),
     (["--forget", "12"], ("'12'", "0, 1, 2")), (["--forget", "three"], ("'three'",)), (["--forget", "3,3"], ("3 is listed twice",)),
@@ -2510,6 +2565,10 @@ def test_bfloat16(tmp_path, small, capsys, no_pictures, finished):
     assert command(capsys, *QUICK, "--precision", "bfloat16", "--methods", "standard,obtuse", "--out", tmp_path)[0] == 0
     check_finite(results_of(tmp_path)["methods"])
     assert not equal_weights(tmp_path / "standard.pt", finished[0] / "standard.pt")
+    data, (model, sde) = sgu.choose(sgu.load_data("glyphs"), "3,7"), sgu.load_model(tmp_path / "standard.pt")    # a likelihood is float32 all the same
+    with np.load(tmp_path / "likelihood_standard.npz") as z:
+        x = sgu.from_levels(data["test"][~sgu.is_forgotten(data, "test")][:len(z["D_g"])])
+        expect(z["D_g"], sgu.bits_per_dim(sgu.make_score(model, sde), sde, x, generator=seeded(0)), "likelihoods of the run", 1e-6)
     assert all(p.dtype == torch.float32 for p in weights_of(tmp_path / "obtuse.pt")[1:])
 
 
@@ -2540,16 +2599,16 @@ def test_methods_in_any_order_and_pictures_of_all(tmp_path, small, capsys):
     assert abs(imread(tmp_path / "before_after.png").shape[0] / rows - 1.5) < 0.05, "three methods are in the folder, so three rows in the picture"
 
 
-@pytest.mark.parametrize("argv, steps", [((), 6), (("--sampler", "pc"), 3), (("--sampler", "ode"), 3), (("--sde", "ddpm"), 6), (("--sampler", "pc", "--sampler-steps", "5"), 5)])
+@pytest.mark.parametrize("argv, steps", [((), 6), (("--sampler", "pc"), 3), (("--sampler", "ode"), 3), (("--sde", "ddpm"), 6), (("--sde", "vp"), 6), (("--sampler", "pc", "--sampler-steps", "5"), 5)])
 def test_samplers_cost_the_same_by_default(argv, steps, tmp_path, small):
-    """As many evaluations of the network as the preset allows, counted in a real call; one more to denoise, none for the DDPM's own sampler."""
+    """As many evaluations of the network as the preset allows, counted in a real call; one more to denoise, none for the DDPM's chain, which ends in it."""
     opt, _, _ = sgu.resolve(sgu.parse_options([*argv, "--device", "cpu", "--out", str(tmp_path)]))
     calls = []
     def score(x, t):
         calls.append(len(x))
         return -x
     sgu.SAMPLERS[opt.sampler](score, sgu.make_sde(opt.sde), (1, 2), steps=opt.sampler_steps, generator=torch.Generator().manual_seed(0))
-    assert opt.sampler_steps == steps and len(calls) == steps * (2 if opt.sampler in ("pc", "ode") else 1) + (opt.sampler != "ancestral")
+    assert opt.sampler_steps == steps and len(calls) == steps * (2 if opt.sampler in ("pc", "ode") else 1) + (opt.sde != "ddpm")
 
 
 def test_pretrained_that_will_not_do(tmp_path, small, capsys, finished):

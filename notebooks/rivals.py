@@ -88,7 +88,7 @@ def mnist_trial(method, setting, seed, final, size, name, out, data_root):
     opt, device, data = sgu.resolve(sgu.Options(
         dataset="mnist", forget=FORGET, methods="standard" if ready else f"standard,{method}", pretrained=str(here / "results/mnist_standard.pt"), alpha=alpha, forget_window=f"{window[0]},{window[1]}",
         unlearn_steps=steps_of(method, size), unlearn_lr=pace * size["lr"], batch_size=size["batch_size"], samples=size["samples" if final else "tuning_samples"],
-        likelihood_samples=size["likelihood_samples"], seed=seed, device="cpu", data_root=data_root, out=str(folder)))
+        likelihood_samples=size["likelihood_samples"], seed=seed, device="cpu", sampler="em", data_root=data_root, out=str(folder)))
     judge, halves = judge_and_halves(data)
     sde, start = sgu.make_sde(opt.sde), time.time()
     if ready:
@@ -253,7 +253,7 @@ SEED_ROWS = dict(finetune=("standard", "unseen", "orthogonal", "obtuse", "relati
 def seeds_trial(sde, training, seed, size, name, out, data_root):
     """Everything with its own seed, from the first random weight: {"methods": {name: figures}} by sgu.py's own recipes."""
     folder, methods = out / name, SEED_ROWS[training]
-    opt, device, data = sgu.resolve(sgu.Options(dataset="mnist", forget=FORGET, methods=",".join(methods), training=training, sde=sde, seed=seed, device="cpu",
+    opt, device, data = sgu.resolve(sgu.Options(dataset="mnist", forget=FORGET, methods=",".join(methods), training=training, sde=sde, seed=seed, device="cpu", sampler="em",
                                                 data_root=data_root, out=str(folder), **size))
     (judge, (_, half)), config, entries = judge_and_halves(data), dict(seed=seed, network=data["network"], **size), {}
     for method in methods:
@@ -370,7 +370,8 @@ def relearn(out, data_root):
 
 # ---- the ratio by sampler -----------------------------------------------------------------------------------------------------------
 
-SAMPLERS = [("em", 15), ("em", 30), ("em", 60), ("em", 120), ("pc", 30), ("pc", 60), ("ode", 10), ("ode", 20), ("ode", 40)]
+SAMPLERS = [("em", 15), ("em", 30), ("em", 60), ("em", 120), ("pc", 30), ("pc", 60), ("ancestral", 15), ("ancestral", 30), ("ancestral", 60), ("ancestral", 120),
+            ("ode", 10), ("ode", 20), ("ode", 40)]
 SAMPLER_N = 500
 
 
