@@ -416,8 +416,9 @@ def reverse_step(score, sde, x, t, t_next, generator):
 def ancestral_step(score, sde, x, t, t_next, generator):
     """One step from t down to t_next, drawn from q(x_{t_next} | x_t, x_0), with the mean image behind x for x_0 (Ho et al. 2020, their Eq. 7).
 
-    y = x/a goes to m + r^2 (y - m) + sigma_next sqrt(1 - r^2) z, with m the mean image and r = sigma_next/sigma. However long the step,
-    the noise left is what t_next calls for; Euler-Maruyama's, whose score lags behind, settles at about 1/r times that variance.
+    y = x/a goes to m + r^2 (y - m) + sigma_next sqrt(1 - r^2) z, with m the mean image and r = sigma_next/sigma. If m is the image, the noise
+    left is what t_next calls for, however long the step (what x_0 may still differ from m is left out). Euler-Maruyama's, whose score lags
+    behind, settles at 1/r (VE) to 1/r^2 (VP, faint noise) times that variance.
     """
     (a, a_next), (s, s_next) = (v.tolist() for v in sde.marginal(torch.stack([t, t_next])))
     mean, r2 = denoise(score, sde, x, t), (s_next / a_next * a / s) ** 2
@@ -592,6 +593,7 @@ def bits_per_dim(score, sde, x, steps=16, probes=1, exact=False, generator=None)
 @torch.no_grad()
 def variational_bound(score, sde, x, terms=100, generator=None):
     """The bound on bits/dim of a chain sde: DDPM, -ELBO (Ho et al. 2020, Eq. 5). x: (B, C, H, W) in [-1, 1] -> (B,).
+    Of the whole chain, each step with variance beta_k; ancestral_sample draws with the posterior's, and may skip steps.
 
         KL(q(x_N | x_0) || N(0, I)) + sum_{k=2}^{N} KL(q(x_{k-1} | x_k, x_0) || p(x_{k-1} | x_k)) - log P(levels | x_1)
 
@@ -1243,7 +1245,7 @@ class Options:
     batch_size: int = option(None, "images per step")
     lr: float = option(None, "peak learning rate of Adam")
     unlearn_lr: float = option(None, "peak learning rate of the fine-tuning (default: the method's own, --lr or half of it)")
-    sampler: str = option(None, "em, pc, ode, or ancestral (default em for ve, else ancestral)", choices=tuple(SAMPLERS))
+    sampler: str = option(None, "for the task sample: em, pc, ode, or ancestral (default em for ve, else ancestral); the tasks inpaint and reconstruct take em's steps", choices=tuple(SAMPLERS))
     sampler_steps: int = option(None, "sampler steps (default: as many as spend the evaluations of the network that the preset allows a sample)")
     samples: int = option(None, "images to draw from each model")
     likelihood_samples: int = option(None, "test images of D_g and of D_f whose likelihood is computed; as many are inpainted and reconstructed")

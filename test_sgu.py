@@ -835,7 +835,7 @@ def test_ancestral_step(sde):
 
 @every_sde
 def test_noise_left_by_long_steps(sde, n=20_000):
-    """Half way down a grid of 60 steps, data that are one image: ancestral steps leave the noise of that time, Euler-Maruyama's about 1/r times its variance."""
+    """Half way down a grid of 60 steps, data that are one image: ancestral steps leave the noise of that time, Euler-Maruyama's 1/r to 1/r^2 times its variance."""
     score = lambda x, t: -(x - 0.5 * sgu.expand(sde.marginal(t.to(F64))[0], x)) / sgu.expand(sde.marginal(t.to(F64))[1], x) ** 2
     grid = sgu.time_grid(sde, 60)[:41]
     a, s = sde.marginal(grid)
