@@ -687,11 +687,17 @@ def check_sampler(sampler=sgu.euler_maruyama, sde=SDES["VP"], n=10_000, **kw):
     TILTED.expect_samples(x, f"{getattr(sampler, '__name__', 'your sampler')}, {type(sde).__name__}, n = {n}")
 
 
+def score_of_one_image(sde, image=0.5):
+    """The exact score of data that are one single image."""
+    def score(x, t):
+        a, s = (sgu.expand(v, x) for v in sde.marginal(t.to(F64)))
+        return -(x - image * a) / s ** 2
+    return score
+
+
 def check_sampler_ends_clean(sampler=sgu.euler_maruyama, sde=SDES["VE"], **kw):
     """Data that are one single image: whatever the noise on the way, the last step must arrive at it."""
-    x = sampler(lambda x, t: -(x - 0.5 * sgu.expand(sde.marginal(t.to(F64))[0], x)) / sgu.expand(sde.marginal(t.to(F64))[1],
-            x) ** 2,
-                sde, (500, 2), generator=seeded(), **kw)
+    x = sampler(score_of_one_image(sde), sde, (500, 2), generator=seeded(), **kw)
     expect(x, torch.full((500, 2), 0.5), "samples of a single image: the last step goes to the mean, without noise", 1e-4)
 
 
@@ -836,15 +842,13 @@ def test_ancestral_step(sde):
 @every_sde
 def test_noise_left_by_long_steps(sde, n=20_000):
     """Half way down a grid of 60 steps, data that are one image: ancestral steps leave the noise of that time, Euler-Maruyama's 1/r to 1/r^2 times its variance."""
-    score = lambda x, t: -(x - 0.5 * sgu.expand(sde.marginal(t.to(F64))[0], x)) / sgu.expand(sde.marginal(t.to(F64))[1], x) ** 2
-    grid = sgu.time_grid(sde, 60)[:41]
+    score, grid, left = score_of_one_image(sde), sgu.time_grid(sde, 60)[:41], {}
     a, s = sde.marginal(grid)
-    left = {}
     for step in (sgu.ancestral_step, sgu.reverse_step):
         x, g = sde.prior_sample((n, 1), seeded(3)), seeded(4)
         for t, t_next in zip(grid, grid[1:]):
             x = step(score, sde, x, t, t_next, g)
-        left[step.__name__] = float((x.to(F64).var() / s[-1] ** 2))
+        left[step.__name__] = float(x.to(F64).var() / s[-1] ** 2)
     r = float(s[-1] / a[-1] * a[-2] / s[-2])
     expect(left["ancestral_step"], 1., "variance of ancestral steps over that of the noise", 5 * math.sqrt(2 / n))
     assert 1.05 < 0.95 / r < left["reverse_step"] < 2 / r, (left, r)
