@@ -1455,9 +1455,13 @@ def our_files():
     return names
 
 
+COUNTS = dict(samples=("unlearning_ratio", "unsure", "class_histogram", "frechet_kept"),        # option -> the results that have its n
+              likelihood_samples=("nll_bits_per_dim", "variational_bound_bits_per_dim", "inpaint", "reconstruct"))
+
+
 def check_same_run(before, config, where):
-    """Refuse to go on with what a run with other options left behind."""
-    changed = [f"{k} {before.get(k)} -> {v}" for k, v in config.items() if before.get(k) != v]
+    """Refuse to go on with what a run with other options left behind. COUNTS may differ: more samples of the same networks continue the fewer."""
+    changed = [f"{k} {before.get(k)} -> {v}" for k, v in config.items() if before.get(k) != v and k not in COUNTS]
     if changed:
         raise UsageError(f"{where} is from a run with other options ({'; '.join(changed) if before else 'unknown'}); use --fresh to start over, or another "
                          "--out (where --pretrained with the standard.pt of this one spares training Standard again)")
@@ -1486,6 +1490,9 @@ def run(opt, interrupted=lambda: False):
             raise UsageError(f"{out / 'results.json'} is damaged or not one of ours; delete it and run again (what the checkpoints hold is kept), "
                              "or use --fresh to start over") from None
         check_same_run(before, config, out)
+        for count, fields in COUNTS.items():
+            if before.get(count) != config[count]:                                     # one table, one n: a result with another leaves it until its method is run again
+                kept["methods"] = {m: {k: v for k, v in entry.items() if k not in fields} for m, entry in kept["methods"].items()}
         commands = old.get("command", "").split("; ")                                  # a later call may have added methods or tasks
         results = {**old, **results, **kept, "command": "; ".join(dict.fromkeys([*filter(None, commands), results["command"]]))}
     save_json(out / "results.json", results)                                           # from here on the folder belongs to these options
@@ -1644,11 +1651,13 @@ def read_arrays(path, *needed):
 def in_chunks(label, path, key, total, chunk, compute, opt, device, stage, pause):
     """compute(rows, generator) for slices of range(total), concatenated. What is done is kept in path under key: a run that was stopped goes on.
 
-    The generator of a slice depends on --seed and where the slice starts, so that every method meets the same random numbers.
+    The generator of a slice depends on --seed and where the slice starts, so that every method meets the same random numbers. A larger
+    total than before goes on from the last whole slice.
     """
     kept = read_arrays(path) if path.exists() else {}
-    parts = [torch.from_numpy(kept[key])] if key in kept else []
-    done, start = sum(map(len, parts)), time.time()
+    old = torch.from_numpy(kept[key]) if key in kept else torch.empty(0)
+    done, start = len(old) if len(old) >= total else len(old) // chunk * chunk, time.time()
+    parts = [old[:done]] if done else []
     bar = Progress(label, total, done)
     while done < total:
         rows = slice(done, min(done + chunk, total))

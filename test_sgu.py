@@ -2294,6 +2294,25 @@ def test_part_by_part_equals_at_once(finished, tmp_path, small, capsys, no_pictu
     assert equal_weights(out / "obtuse.pt", finished[0] / "obtuse.pt")
 
 
+def test_more_samples_continue_the_same_networks(copied, tmp_path, capsys, monkeypatch, no_pictures):
+    """--samples and --likelihood-samples may grow without training again, to what one run with the larger numbers gives; a method that was
+    not asked for again keeps its network and its arrays but leaves the table, which has one n."""
+    more = [*QUICK, "--samples", "12", "--likelihood-samples", "3", "--methods", "standard,obtuse"]
+    assert command(capsys, *more, "--out", tmp_path / "at once")[0] == 0
+    before = fingerprint(copied)
+    forbid(monkeypatch, "train", "train_judge")
+    assert command(capsys, *more, "--out", copied)[0] == 0
+    got, want = results_of(copied), results_of(tmp_path / "at once")
+    assert {m: got["methods"][m] for m in ("standard", "obtuse")} == want["methods"] and want["methods"]["obtuse"]["nll_bits_per_dim"]["n"]["D_f"] == 3
+    assert set(got["methods"]["unseen"]) == {"recipe"} and fingerprint(copied)["samples_unseen.npz"] == before["samples_unseen.npz"]
+    total = next(line for line in (copied / "table.md").read_text().splitlines() if line.startswith("| total"))
+    assert [cell.strip() == "-" for cell in total.split("|")[3:-1]] == [False, True, False, True, True], total
+    assert got["config"]["samples"] == 12 and "n = 12 samples" in (copied / "table.md").read_text()
+    forbid(monkeypatch, *STAGES)
+    assert command(capsys, *QUICK, "--samples", "5", "--methods", "standard,obtuse", "--tasks", "sample", "--out", copied)[0] == 0      # fewer: of what is there
+    assert results_of(copied)["methods"]["obtuse"]["unlearning_ratio"]["n"] == 5 and len(np.load(copied / "samples_obtuse.npz")["images"]) == 12
+
+
 @pytest.mark.parametrize("argv, words", [
     (["--dataset", "imagenet"], ("'imagenet'", "glyphs, mnist")), (["--dataset", "no/such.npz", "--forget", "1"], ("no/such.npz",)),
     (["--methods", "standard,magic"], ("'magic'", "obtuse")), (["--methods", "standard,standard"], ("twice",)),
@@ -2342,7 +2361,7 @@ def test_full_disk(tmp_path, small, capsys, monkeypatch):
     check_refused(capsys, [*QUICK, "--out", tmp_path / "new"], "No space left", alone=False)
 
 
-@pytest.mark.parametrize("argv, word", [(["--seed", "1"], "seed 0 -> 1"), (["--alpha", "0.5"], "alpha None -> 0.5"), (["--samples", "9"], "samples 8 -> 9"),
+@pytest.mark.parametrize("argv, word", [(["--seed", "1"], "seed 0 -> 1"), (["--alpha", "0.5"], "alpha None -> 0.5"), (["--sampler-steps", "3"], "sampler_steps 2 -> 3"),
                                         (["--forget", "3"], "forget 3,7 -> 3"), (["--steps", "7"], "steps 6 -> 7"), (["--sde", "vp"], "sde ve -> vp")],
                          ids=lambda v: str(v))
 def test_changed_options_are_refused(argv, word, copied, capsys):
