@@ -18,7 +18,7 @@ Notation, used everywhere:
 Squared errors and inner products below are divided by D and in units of this noise, so that a loss's weight means the same on 2 and
 on 12,288 dimensions.
 """
-import argparse, copy, dataclasses, functools, json, math, os, pathlib, platform, shlex, signal, sys, time, zlib
+import argparse, copy, dataclasses, functools, io, json, math, os, pathlib, platform, shlex, signal, sys, time, zlib
 
 import numpy as np
 import torch
@@ -568,7 +568,9 @@ def levels_of(x):
 
 
 def to_levels(x):
-    """Generated images, clamped to [-1, 1] -> uint8 on the CPU."""
+    """Generated images, clamped to [-1, 1] -> uint8 on the CPU. Raises FloatingPointError for NaN, which would pass for black."""
+    if x.isnan().any():
+        raise FloatingPointError("the images are not numbers (NaN): network or sampler has diverged; train with a lower --lr, or leave this method out")
     return levels_of(x.clamp(-1, 1)).cpu()
 
 
@@ -702,7 +704,8 @@ def sample_times(sde, n, generator=None, device=None, window=(0., 1.)):
     u = (torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)) / n
     u = u[torch.randperm(n, generator=generator, device=device)]                       # so that even and odd both cover (0, 1)
     cdf = lambda z: 0.5 * (1 + math.erf(z / math.sqrt(2)))
-    shape = 1.5 * torch.special.ndtri((cdf(lo / 1.5) + u * (cdf(hi / 1.5) - cdf(lo / 1.5))).clamp(1e-6, 1 - 1e-6))
+    p = (cdf(lo / 1.5) + u * (cdf(hi / 1.5) - cdf(lo / 1.5))).clamp(1e-6, 1 - 1e-6)
+    shape = 1.5 * torch.special.ndtri(p.cpu() if p.device.type == "mps" else p).to(p.device)          # mps has no ndtri
     log_sigma = torch.where(torch.arange(n, device=device) % 2 == 0, lo + u * (hi - lo), shape)
     t = sde.time(log_sigma.clamp(lo, hi).exp()).clamp(float(ends[0]), float(ends[1]))
     return sde.step(t) / sde.n_steps if isinstance(sde, DDPM) else t                    # the discrete chain trains at its own times
@@ -887,7 +890,7 @@ def load_data(name, root="data"):
         return dict(name=name, train=train[0], train_labels=train[1], test=test[0], test_labels=test[1], classes=DIGITS)
     if name not in DATASETS:
         raise UsageError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}, or give the path of an .npz file")
-    import contextlib, io
+    import contextlib
     from torchvision import datasets
     loaders = dict(mnist=datasets.MNIST, fashion=datasets.FashionMNIST, kmnist=datasets.KMNIST, cifar10=datasets.CIFAR10,
                    stl10=datasets.STL10, celeba=datasets.CelebA)
@@ -898,7 +901,7 @@ def load_data(name, root="data"):
                 parts = [loaders[name](root, split=split, download=True) for split in ("train", "test")]
             else:
                 parts = [loaders[name](root, train=train, download=True) for train in (True, False)]
-            data = dict(name=name, classes=list(getattr(parts[0], "classes", None) or parts[0].attr_names))
+            data = dict(name=name, classes=[c for c in getattr(parts[0], "classes", None) or parts[0].attr_names if c])     # CelebA's list ends in ''
             for part, split in zip(parts, ("train", "test")):
                 data[split], data[split + "_labels"] = to_tensors(part, name)
     except Exception as error:                                                         # torchvision parses what it finds, in many ways
@@ -957,13 +960,16 @@ def load_npz(path):
     if y.dim() != dims or split.dim() != 1 or not len(x) == len(y) == len(split) > 0:
         raise UsageError(f"{path}: {len(x)} images need as many labels (N,) or attributes (N, A), and split (N,) if any; found {tuple(y.shape)} and {tuple(split.shape)}")
     highest = y.shape[1] - 1 if dims == 2 else int(y.max())
+    if highest >= len(x) and f"{kind}_names" not in z:
+        raise UsageError(f"{path}: labels must count from 0; these reach {highest}, with {len(x)} images")
     names = [str(n) for n in z.get(f"{kind}_names", range(highest + 1))]
     if highest >= len(names) or dims == 1 and int(y.min()) < 0:
         raise UsageError(f"{path}: {len(names)} names for the {kind} numbers {int(y.min()) if dims == 1 else 0} to {highest}")
     x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
     if x.shape[2] > 64:
         x = resize(x, 64)
-    return dict(name=pathlib.Path(path).stem, train=x[~split], train_labels=y[~split], test=x[split], test_labels=y[split], classes=names)
+    content = functools.reduce(lambda crc, part: zlib.crc32(part.contiguous().numpy(), crc), (x, y, split), 0)           # a changed file is another run
+    return dict(name=pathlib.Path(path).stem, content=content, train=x[~split], train_labels=y[~split], test=x[split], test_labels=y[split], classes=names)
 
 
 def draw_glyphs(n, seed, side=28):
@@ -1008,12 +1014,14 @@ def choose(data, forget):
     names, numbers = data["classes"], []
     for word in forget.split(","):
         word = word.strip()
-        matches = [i for i, name in enumerate(names) if name.lower() == word.lower()]
+        matches = [i for i, name in enumerate(names) if word and name == word] or [i for i, name in enumerate(names) if word and name.lower() == word.lower()]
         if not matches and word.isdecimal() and int(word) < len(names):
             matches = [int(word)]
         if not matches:
             raise UsageError(f"--forget {forget}: no class {word!r} in {data['name']}; choose from {', '.join(names)}" if word
                              else "--forget is empty: name at least one class, for instance --forget 3,7")
+        if len(matches) > 1:
+            raise UsageError(f"--forget {forget}: {word!r} may be any of {', '.join(f'{names[i]} ({i})' for i in matches)}; write it as it stands there, or its number")
         if matches[0] in numbers:
             raise UsageError(f"--forget {forget}: {names[matches[0]]} is listed twice")
         numbers += matches
@@ -1025,7 +1033,8 @@ def choose(data, forget):
         names, numbers = [f"no {chosen}", chosen], [1]
     if len(numbers) == len(names):
         raise UsageError(f"--forget {forget}: nothing would be left to keep")
-    data.update(classes=names, forget=numbers)
+    reserved = ("total", "n", "ci95")                                                   # what else a ratio in results.json consists of
+    data.update(classes=[f"class {name}" if name in reserved else name for name in names], forget=numbers)
     for key in ("train", "test"):
         if not 0 < int(is_forgotten(data, key).sum()) < len(data[key]):
             raise UsageError(f"--forget {forget}: the {key} images of {data['name']} have nothing to forget or nothing to keep")
@@ -1251,7 +1260,7 @@ class Options:
     likelihood_samples: int = option(None, "test images of D_g and of D_f whose likelihood is computed; as many are inpainted and reconstructed")
     judge: str = option("cnn", "who judges: our own network trained on the data, or CLIP through open_clip where it is installed", choices=("cnn", "clip"))
     tasks: str = option("sample,likelihood", "what to measure: sample, likelihood, inpaint, reconstruct")
-    device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = option("auto", "auto (cuda where there is one, else cpu), cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = option(None, "arithmetic of the networks, but for likelihoods, which are always float32 (default bfloat16 on cuda, else float32)", choices=("float32", "bfloat16"))
     compile: bool = option(False, "torch.compile the network: pays in long runs on a GPU")
     seed: int = option(0, "one number decides everything random")
@@ -1283,7 +1292,7 @@ def resolve(opt):
     opt = dataclasses.replace(opt)
     kinds = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if opt.device == "auto":
-        opt.device = next(name for name in ("cuda", "mps", "cpu") if kinds[name])
+        opt.device = "cuda" if kinds["cuda"] else "cpu"
     require(kinds[opt.device], f"--device {opt.device}: this machine or this build of torch has none; use --device cpu")
     opt.precision = opt.precision or ("bfloat16" if opt.device == "cuda" else "float32")
     opt.methods, opt.tasks = (",".join(word.strip() for word in words.split(",")) for words in (opt.methods, opt.tasks))
@@ -1311,7 +1320,7 @@ def resolve(opt):
     opt.sampler = opt.sampler or ("em" if opt.sde == "ve" else "ancestral")
     for name in ("steps", "unlearn_steps", "batch_size", "lr", "unlearn_lr", "sampler_steps", "samples", "likelihood_samples"):
         value = getattr(opt, name)
-        require(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} must be positive, not {value}")
+        require(value is None or 0 < value < 2 ** 31, f"--{name.replace('_', '-')} must be positive and below 2^31, not {value}")
     require(opt.sampler != "ancestral" or opt.sde != "ddpm" or (opt.sampler_steps or 1) <= DDPM().n_steps, f"--sampler-steps: the chain has {DDPM().n_steps} steps, not {opt.sampler_steps}")
     require(0 <= opt.seed < 2 ** 31, f"--seed must be in 0..{2 ** 31 - 1}, not {opt.seed}")
     if opt.judge == "clip":
@@ -1328,6 +1337,7 @@ def resolve(opt):
         (out / ".writable").touch(), (out / ".writable").unlink()
     except OSError as error:
         raise UsageError(f"--out {opt.out}: cannot write there ({error.strerror}); choose another folder") from None
+    require(opt.judge != "clip" or data["train"].shape[1] in (1, 3), f"--judge clip sees grey or RGB images; these have {data['train'].shape[1]} channels")
     side, kind = data["train"].shape[2], "cpu" if opt.device == "cpu" else "gpu"
     preset = PRESETS.get((data["name"], kind)) or PRESETS[28 if side <= 28 else 32 if side <= 32 else 64, kind]
     if opt.sampler_steps is None:
@@ -1377,8 +1387,12 @@ def replace_file(path, write):
     """Write a file under another name and rename it: whoever kills the run leaves the old file or the new one, never half of one."""
     path = pathlib.Path(path)
     temporary = path.with_name("." + path.name)
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)                                               # a full disk must not stay full of it
+        raise
 
 
 def save_json(path, obj):
@@ -1386,7 +1400,9 @@ def save_json(path, obj):
 
 
 def save_checkpoint(path, obj):
-    replace_file(path, lambda p: torch.save(obj, p))
+    buffer = io.BytesIO()                                                               # torch.save to a full disk raises anything but OSError
+    torch.save(obj, buffer)
+    replace_file(path, lambda p: p.write_bytes(buffer.getbuffer()))
 
 
 def read_checkpoint(path):
@@ -1460,8 +1476,8 @@ COUNTS = dict(samples=("unlearning_ratio", "unsure", "class_histogram", "frechet
 
 
 def check_same_run(before, config, where):
-    """Refuse to go on with what a run with other options left behind. COUNTS may differ: more samples of the same networks continue the fewer."""
-    changed = [f"{k} {before.get(k)} -> {v}" for k, v in config.items() if before.get(k) != v and k not in COUNTS]
+    """Refuse to go on with what a run with other options left behind. COUNTS may differ (more samples of the same networks continue the fewer), and --compile."""
+    changed = [f"{k} {before.get(k)} -> {v}" for k, v in config.items() if before.get(k) != v and k not in (*COUNTS, "compile")]
     if changed:
         raise UsageError(f"{where} is from a run with other options ({'; '.join(changed) if before else 'unknown'}); use --fresh to start over, or another "
                          "--out (where --pretrained with the standard.pt of this one spares training Standard again)")
@@ -1473,7 +1489,7 @@ def run(opt, interrupted=lambda: False):
     out, preset, sde = pathlib.Path(opt.out), data["preset"], make_sde(opt.sde)
     uncompared = ("out", "data_root", "fresh", "methods", "tasks")                     # these change what is done, not its outcome
     config = {k: v for k, v in dataclasses.asdict(opt).items() if k not in uncompared}
-    config.update(network=data["network"], judge_network=list(preset["judge"]))
+    config.update(network=data["network"], judge_network=list(preset["judge"]), **({"data_crc32": data["content"]} if "content" in data else {}))
     if opt.fresh:
         for old in our_files():                                                        # nothing else: --out may hold files of the user's
             if not opt.pretrained or (out / old).resolve() != pathlib.Path(opt.pretrained).resolve():
@@ -1491,7 +1507,10 @@ def run(opt, interrupted=lambda: False):
                              "or use --fresh to start over") from None
         check_same_run(before, config, out)
         for count, fields in COUNTS.items():
-            if before.get(count) != config[count]:                                     # one table, one n: a result with another leaves it until its method is run again
+            if getattr(asked, count) is None:
+                config[count] = before.get(count, config[count])                       # not asked for: as it was
+                setattr(opt, count, config[count])
+            elif before.get(count) != config[count]:                                     # one table, one n: a result with another leaves it until its method is run again
                 kept["methods"] = {m: {k: v for k, v in entry.items() if k not in fields} for m, entry in kept["methods"].items()}
         commands = old.get("command", "").split("; ")                                  # a later call may have added methods or tasks
         results = {**old, **results, **kept, "command": "; ".join(dict.fromkeys([*filter(None, commands), results["command"]]))}
@@ -1635,6 +1654,8 @@ def get_model(method, out, data, opt, config, device, stage, pause):
         except KeyboardInterrupt:
             save(info["step"] == steps)
             raise
+    if not all(torch.isfinite(p).all() for p in ema.parameters()):
+        raise FloatingPointError(f"the weights of {method} are not finite after {steps} steps; lower the learning rate")
     save(True)
     return ema.eval(), how
 
@@ -1662,6 +1683,8 @@ def in_chunks(label, path, key, total, chunk, compute, opt, device, stage, pause
     while done < total:
         rows = slice(done, min(done + chunk, total))
         parts.append(compute(rows, torch.Generator(device).manual_seed(opt.seed * 1_000_003 + rows.start)))
+        if not torch.isfinite(parts[-1]).all():
+            raise FloatingPointError(f"{label}: not a finite number, the network has diverged; train with a lower --lr, or leave this method out")
         done, kept[key] = rows.stop, torch.cat(parts).numpy()
         replace_file(path, lambda p: np.savez(p, **kept))
         bar(done)
@@ -1835,19 +1858,19 @@ def draw_pictures(out, data, methods, judge):
     for method, (images, framed) in found.items():
         grid(f"samples_{method}.png", images, framed, 10)
     if found:
-        n = 16
+        n = min(16, *(len(images) for images, _ in found.values()))
         grid("before_after.png", [i for images, _ in found.values() for i in images[:n]], [f for _, framed in found.values() for f in framed[:n]],
-             min(n, len(next(iter(found.values()))[0])), [TITLES.get(m, m) for m in found])
+             n, [TITLES.get(m, m) for m in found])
     for task in ("inpaint", "reconstruct"):
         strips = {m: read_arrays(out / f"{task}_{m}.npz") for m in methods if (out / f"{task}_{m}.npz").exists()}
         strips = {m: z for m, z in strips.items() if {"D_g", "D_f"} <= z.keys()}        # both: not stopped half way
         if strips:                                                                      # eight images of D_g, then eight of D_f, framed
-            first, masks = next(iter(strips.values())), [is_forgotten(data, "test") == wanted for wanted in (False, True)]
-            originals = [data["test"][mask][:min(8, len(first[key]))].numpy() for key, mask in zip(("D_g", "D_f"), masks)]
+            count = {key: min(8, *(len(z[key]) for z in strips.values())) for key in ("D_g", "D_f")}
+            originals = [data["test"][is_forgotten(data, "test") == wanted][:count[key]].numpy() for key, wanted in (("D_g", False), ("D_f", True))]
             rows = {"original": np.concatenate(originals)}
             if task == "inpaint":
                 rows["masked"] = rows["original"] * upper_half_hidden(data["test"]).to(torch.uint8).numpy()
-            rows.update({TITLES.get(m, m): np.concatenate([z[key][:8] for key in ("D_g", "D_f")]) for m, z in strips.items()})
+            rows.update({TITLES.get(m, m): np.concatenate([z[key][:count[key]] for key in count]) for m, z in strips.items()})
             framed = ([False] * len(originals[0]) + [True] * len(originals[1])) * len(rows)
             grid(f"{task}.png", [image for row in rows.values() for image in row], framed, sum(map(len, originals)), list(rows))
     figure = Figure(figsize=(9, 3.2))
@@ -1858,7 +1881,7 @@ def draw_pictures(out, data, methods, judge):
         losses = np.array(read_checkpoint(out / f"{method}.pt")["losses"])
         if len(losses):
             axes[0].plot(losses[:, 0], losses[:, 1], **look)
-            if METHODS[method][1]:
+            if method not in METHODS or METHODS[method][1]:                             # a method of the user's own, called from elsewhere
                 axes[1].plot(losses[:, 0], losses[:, 2], **look)
     axes[0].set(yscale="log", xlabel="step", title="keep loss (Eq. 8), weighted"), axes[0].legend(frameon=False)
     axes[1].set(xlabel="step", title="forget loss, weighted")
@@ -1883,9 +1906,15 @@ def main(argv=None):
     except OSError as error:
         print(f"sgu: cannot write {error.filename or 'the results'} ({error.strerror or error}); the same command goes on from what is saved", file=sys.stderr)
         return 2
-    except torch.cuda.OutOfMemoryError as error:
-        print(f"sgu: out of memory ({str(error).split('. ')[0]}); the same command goes on from what is saved, on a machine with more memory, or --fresh "
-              "with a smaller --batch-size", file=sys.stderr)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        if opt.compile and type(error).__module__.startswith("torch._"):
+            print(f"sgu: --compile does not work here ({reason}); leave it out", file=sys.stderr)
+        elif "out of memory" in reason or "allocate memory" in reason:
+            print(f"sgu: out of memory ({reason}); the same command goes on from what is saved, on a machine with more memory; if it happened in training, "
+                  "--fresh with a smaller --batch-size", file=sys.stderr)
+        else:
+            raise
         return 2
     except KeyboardInterrupt:
         print("\nsgu: stopped and saved; the same command goes on from here", file=sys.stderr)

@@ -1856,7 +1856,7 @@ def test_npz_that_will_not_do(tmp_path):
                       ("split", dict(split=np.zeros(5))), ("(24, 1)", dict(split=np.zeros((24, 1)))), ("split", dict(split=np.array(["train"] * 24))), ("3 names", dict(class_names=np.array(list("abc")), labels=np.arange(24) % 4)),
                       ("-1", dict(labels=np.arange(24) % 3 - 1)), ("24 images", dict(labels=None, attributes=np.zeros(24))),
                       ("1 names", dict(labels=None, attributes=np.zeros((24, 2)), attribute_names=np.array(["Hat"]))),
-                      ("0 images", dict(images=images[:0], labels=np.zeros(0, int))), ("labels", dict(labels=np.array(["x"] * 24)))):
+                      ("count from 0", dict(labels=np.arange(24) % 2 * 10 ** 11)), ("0 images", dict(images=images[:0], labels=np.zeros(0, int))), ("labels", dict(labels=np.array(["x"] * 24)))):
         write_npz(path, **kw)
         said = refuses(sgu.load_data, str(path))
         assert words in said and "mine.npz" in said, f"{kw.keys()}: {said}"
@@ -1880,6 +1880,11 @@ def test_choose():
                           ("one,", ("empty",)), ("one,1", ("one is listed twice",)), ("zero,one,two", ("nothing would be left",))):
         said = refuses(sgu.choose, data, forget)
         assert all(word in said for word in words), f"--forget {forget!r}: {said}"
+    letters = class_data(["a", "A", "b", "total", ""])                                  # an exact name comes first; what may be either is asked for again
+    assert [sgu.choose(letters, word)["forget"] for word in ("a", "A", "B")] == [[0], [1], [2]]
+    letters["classes"] = ["ab", "AB", "b", "total", ""]
+    assert "ab (0), AB (1)" in refuses(sgu.choose, letters, "Ab") and "empty" in refuses(sgu.choose, letters, "b,")
+    assert sgu.choose(letters, "total")["classes"][3] == "class total", "a class must not take the place of the total in the results"
     data["test_labels"] = data["test_labels"] * 0
     assert "test images" in refuses(sgu.choose, data, "one")
 
@@ -1958,7 +1963,7 @@ def test_cifar10_files(tmp_path, offline, monkeypatch):
     assert "cifar-10-batches-py" in said and str(tmp_path) in said, said
 
 
-def test_other_layouts():
+def test_other_layouts(monkeypatch):
     """STL-10 arrives as (N, 3, 96, 96), CelebA as pictures of 178x218 with 40 attributes and one unnamed column."""
     part = types.SimpleNamespace(data=np.full((5, 3, 96, 96), 9, dtype=np.uint8), labels=np.arange(5))
     x, y = sgu.to_tensors(part, "stl10")
@@ -1970,6 +1975,10 @@ def test_other_layouts():
     part.attr = torch.eye(41)[:2]
     x, y = sgu.to_tensors(part, "celeba")
     assert x.shape == (2, 3, 64, 64) and all((x[:, c] == 10 * (c + 1)).all() for c in range(3)) and y.shape == (2, 40) and y.dtype == torch.bool
+    import torchvision
+    part.attr_names = [f"attribute {i}" for i in range(40)] + [""]                     # as torchvision reads the header, which ends in a space
+    monkeypatch.setattr(torchvision.datasets, "CelebA", lambda root, split, download: part)
+    assert sgu.load_data("celeba", "nowhere")["classes"] == part.attr_names[:40]
 
 
 # =====================================================================================================================
@@ -2308,9 +2317,20 @@ def test_more_samples_continue_the_same_networks(copied, tmp_path, capsys, monke
     total = next(line for line in (copied / "table.md").read_text().splitlines() if line.startswith("| total"))
     assert [cell.strip() == "-" for cell in total.split("|")[3:-1]] == [False, True, False, True, True], total
     assert got["config"]["samples"] == 12 and "n = 12 samples" in (copied / "table.md").read_text()
+    assert command(capsys, *QUICK, "--methods", "standard", "--tasks", "likelihood", "--out", copied)[0] == 0
+    assert results_of(copied)["methods"] == got["methods"], "a number that was not given again stays what it was"
     forbid(monkeypatch, *STAGES)
     assert command(capsys, *QUICK, "--samples", "5", "--methods", "standard,obtuse", "--tasks", "sample", "--out", copied)[0] == 0      # fewer: of what is there
     assert results_of(copied)["methods"]["obtuse"]["unlearning_ratio"]["n"] == 5 and len(np.load(copied / "samples_obtuse.npz")["images"]) == 12
+
+
+def test_pictures_of_methods_with_different_numbers_of_images(copied, capsys):
+    from matplotlib.image import imread
+    for method, n in (("standard", 3), ("unseen", 9)):
+        np.savez(copied / f"inpaint_{method}.npz", D_g=np.full((n, 1, 28, 28), 99, np.uint8), D_f=np.full((n - 1, 1, 28, 28), 99, np.uint8))
+    assert command(capsys, *QUICK, "--samples", "20", "--methods", "unseen", "--out", copied)[0] == 0
+    width = {name: imread(copied / name).shape[1] for name in ("before_after.png", "inpaint.png")}
+    assert width == {"before_after.png": 710, "inpaint.png": 506}, "as many columns as every method can fill (8 and 3 + 2), each 0.62 inches of 110 dots, beside 1.5 inches of names"
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -2354,11 +2374,88 @@ def test_machines_and_folders_that_will_not_do(tmp_path, small, capsys, monkeypa
     assert not (tmp_path / "new" / "results.json").exists()
 
 
-def test_full_disk(tmp_path, small, capsys, monkeypatch):
-    def replace(*paths):
-        raise OSError(28, "No space left on device", str(paths[1]))
-    monkeypatch.setattr(sgu.os, "replace", replace)
+@pytest.mark.parametrize("owner, name", [(sgu.os, "replace"), (sgu.pathlib.Path, "write_bytes")], ids=lambda v: str(getattr(v, "__name__", v)))
+def test_full_disk(owner, name, tmp_path, small, capsys, monkeypatch):
+    """One line, and nothing of the half-written file stays on the disk; the second case is a checkpoint."""
+    def full(*args):
+        raise OSError(28, "No space left on device", str(args[0]))
+    monkeypatch.setattr(owner, name, full)
     check_refused(capsys, [*QUICK, "--out", tmp_path / "new"], "No space left", alone=False)
+    assert {p.name for p in (tmp_path / "new").iterdir()} <= {"results.json"}
+
+
+@pytest.mark.parametrize("error, words", [("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate", "out of memory"), ("CUDA out of memory. Tried", "--fresh"),
+                                          ("something else", None)])
+def test_out_of_memory(error, words, small, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kw):
+        raise RuntimeError(error)
+    monkeypatch.setattr(sgu, "train_judge", fail)
+    if words:
+        check_refused(capsys, [*QUICK, "--out", tmp_path], words, alone=False)
+    else:
+        with pytest.raises(RuntimeError, match="something else"):                      # what nobody foresaw keeps its traceback
+            command(capsys, *QUICK, "--out", tmp_path)
+
+
+def test_compile_that_does_not_work(small, tmp_path, capsys, monkeypatch):
+    """No compiler: one line, and without --compile the run goes on from its judge."""
+    def fail(model):
+        raise type("InductorError", (RuntimeError,), dict(__module__="torch._inductor.exc"))("no C++ compiler found")
+    monkeypatch.setattr(torch, "compile", fail)
+    argv = [*QUICK, "--methods", "standard", "--tasks", "sample", "--out", tmp_path]
+    check_refused(capsys, [*argv, "--compile"], "--compile does not work here", "no C++ compiler", alone=False)
+    forbid(monkeypatch, "train_judge")
+    assert command(capsys, *argv)[0] == 0
+
+
+def test_networks_that_diverged_are_not_scored(copied, tmp_path, capsys, monkeypatch, no_pictures):
+    """NaN is neither a black image nor a likelihood, and weights that are not finite are no finished model."""
+    with pytest.raises(FloatingPointError, match="NaN"):
+        sgu.to_levels(torch.tensor([0.5, math.nan]))
+    argv, whole = [*QUICK, "--methods", "standard"], sgu.train
+    def last_update_diverges(model, ema, *args, **kw):
+        for info in whole(model, ema, *args, **kw):
+            if info["step"] == info["steps"]:
+                ema.out.bias.data.fill_(math.inf)
+            yield info
+    monkeypatch.setattr(sgu, "train", last_update_diverges)
+    check_refused(capsys, [*argv, "--out", tmp_path / "new"], "not finite", "standard", alone=False)
+    assert not (tmp_path / "new" / "standard.pt").exists()
+    monkeypatch.setattr(sgu, "bits_per_dim", lambda score, sde, x, generator: torch.full((len(x),), math.nan))
+    check_refused(capsys, [*argv, "--likelihood-samples", "3", "--out", copied], "likelihood standard D_g", "diverged", alone=False)
+    assert "NaN" not in (copied / "results.json").read_text()
+
+
+def test_auto_takes_no_device_that_we_cannot_test(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert sgu.resolve(sgu.Options(out=str(tmp_path)))[0].device == "cpu"
+
+
+def test_clip_wants_grey_or_rgb(small, tmp_path, capsys, monkeypatch):
+    import importlib.util
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    write_npz(tmp_path / "four.npz", channels=4)
+    check_refused(capsys, ["--dataset", tmp_path / "four.npz", "--forget", "1", "--judge", "clip", "--out", tmp_path / "new"], "4 channels")
+
+
+def test_a_changed_npz_is_another_run(small, tmp_path, capsys, no_pictures):
+    argv = [*QUICK, "--dataset", tmp_path / "mine.npz", "--forget", "1", "--methods", "standard", "--tasks", "sample", "--out", tmp_path / "run"]
+    z = write_npz(tmp_path / "mine.npz", n=48)
+    assert command(capsys, *argv)[0] == 0
+    np.savez(tmp_path / "mine.npz", images=z["images"], labels=np.roll(z["labels"], 1))
+    check_refused(capsys, argv, "data_crc32")
+
+
+def test_a_method_of_ones_own_does_not_disturb_the_command(copied, capsys):
+    """Its results lie in the folder, but this call of the command knows nothing of its loss."""
+    results = results_of(copied)
+    results["methods"]["mine"] = results["methods"]["obtuse"]
+    (copied / "results.json").write_text(json.dumps(results))
+    for old, new in (("obtuse.pt", "mine.pt"), ("samples_obtuse.npz", "samples_mine.npz")):
+        shutil.copy(copied / old, copied / new)
+    code, printed, _ = command(capsys, *QUICK, "--methods", "standard,obtuse", "--out", copied)
+    assert code == 0 and "| mine |" in printed and (copied / "samples_mine.png").exists()
 
 
 @pytest.mark.parametrize("argv, word", [(["--seed", "1"], "seed 0 -> 1"), (["--alpha", "0.5"], "alpha None -> 0.5"), (["--sampler-steps", "3"], "sampler_steps 2 -> 3"),

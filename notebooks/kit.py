@@ -93,6 +93,21 @@ def paper_rows(paper):
         f"| {k} | " + " | ".join(f"{v:.{2 if k in ('D_g', 'D_f') else 1}f}" for v in row) + " |" for k, row in without_repeats(paper).items()))
 
 
+def measured(path, table=None, task="", title="Measured"):
+    """Show a results file: its table beside the paper's (2 or 5), and the run's picture where it is committed: samples of every method from the
+    same noise, or the strips of task inpaint or reconstruct."""
+    say(f"**{title}** (`notebooks/results/{path.name}`):\n\n" + sgu.make_table(json.loads(path.read_text()), table))
+    if (picture := path.with_name(path.stem + (f"-{task}" if task else "") + ".png")).exists():
+        what = "test images, then what every method makes of them; framed: images to forget" if task else "samples of every method; framed: what the judge calls forgotten"
+        display(Image(filename=str(picture), alt=what))
+
+
+def results_with(task):
+    """The committed results files in which a method did the task: path -> its content."""
+    found = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    return {path: r for path, r in found.items() if any(task in m for m in r.get("methods", {}).values() if isinstance(m, dict))}
+
+
 def committed(dataset, sde, table, title, command):
     """Show our committed results of this data set and schedule beside the paper's Table 2 or 5, or say that there are none. Returns them or None."""
     paper = sgu.PAPER[table][dataset, sde]
@@ -104,10 +119,9 @@ def committed(dataset, sde, table, title, command):
             files.append(path)
     results = json.loads(files[0].read_text()) if files else None
     if results:
-        others = f"; also there: {', '.join(f.name for f in files[1:])}" if files[1:] else ""
-        say(f"**Measured** (`notebooks/results/{files[0].name}`{others}):\n\n" + sgu.make_table(results, table))
-        if (picture := files[0].with_suffix(".png")).exists():             # the run's before_after.png: each column starts from the same noise
-            display(Image(filename=str(picture), alt=f"samples of every method, {title}; framed: what the judge calls forgotten"))
+        measured(files[0], table)
+        if files[1:]:
+            say(f"Also there: {', '.join(f'`{f.name}`' for f in files[1:])}.")
     else:
         say(f"**No result of ours for {title} is committed.** `{command}` makes it. The paper's row alone:")
         paper_rows(paper)
