@@ -960,7 +960,7 @@ def load_npz(path):
     if y.dim() != dims or split.dim() != 1 or not len(x) == len(y) == len(split) > 0:
         raise UsageError(f"{path}: {len(x)} images need as many labels (N,) or attributes (N, A), and split (N,) if any; found {tuple(y.shape)} and {tuple(split.shape)}")
     highest = y.shape[1] - 1 if dims == 2 else int(y.max())
-    if highest >= len(x) and f"{kind}_names" not in z:
+    if dims == 1 and highest >= len(x) and "class_names" not in z:
         raise UsageError(f"{path}: labels must count from 0; these reach {highest}, with {len(x)} images")
     names = [str(n) for n in z.get(f"{kind}_names", range(highest + 1))]
     if highest >= len(names) or dims == 1 and int(y.min()) < 0:
@@ -1014,12 +1014,13 @@ def choose(data, forget):
     names, numbers = data["classes"], []
     for word in forget.split(","):
         word = word.strip()
-        matches = [i for i, name in enumerate(names) if word and name == word] or [i for i, name in enumerate(names) if word and name.lower() == word.lower()]
+        if not word:
+            raise UsageError("--forget is empty: name at least one class, for instance --forget 3,7")
+        matches = [i for i, name in enumerate(names) if name == word] or [i for i, name in enumerate(names) if name.lower() == word.lower()]
         if not matches and word.isdecimal() and int(word) < len(names):
             matches = [int(word)]
         if not matches:
-            raise UsageError(f"--forget {forget}: no class {word!r} in {data['name']}; choose from {', '.join(names)}" if word
-                             else "--forget is empty: name at least one class, for instance --forget 3,7")
+            raise UsageError(f"--forget {forget}: no class {word!r} in {data['name']}; choose from {', '.join(names)}")
         if len(matches) > 1:
             raise UsageError(f"--forget {forget}: {word!r} may be any of {', '.join(f'{names[i]} ({i})' for i in matches)}; write it as it stands there, or its number")
         if matches[0] in numbers:
@@ -1629,6 +1630,8 @@ def get_model(method, out, data, opt, config, device, stage, pause):
 
     def save(finished):
         nonlocal start, last
+        if finished and not all(torch.isfinite(p).all() for p in ema.parameters()):
+            raise FloatingPointError(f"the weights of {method} are not finite after {steps} steps; lower the learning rate")
         saved.update(finished=finished, state=None if finished else info["snapshot"](), ema=ema.state_dict())
         save_checkpoint(path, saved)
         stage(f"train {method}", time.time() - start)
@@ -1654,8 +1657,6 @@ def get_model(method, out, data, opt, config, device, stage, pause):
         except KeyboardInterrupt:
             save(info["step"] == steps)
             raise
-    if not all(torch.isfinite(p).all() for p in ema.parameters()):
-        raise FloatingPointError(f"the weights of {method} are not finite after {steps} steps; lower the learning rate")
     save(True)
     return ema.eval(), how
 

@@ -1831,6 +1831,8 @@ def test_npz_round_trip(tmp_path):
     assert data["test_labels"].tolist() == attributes[test.numpy()].astype(bool).tolist()
     write_npz(path, labels=None, attributes=2 * attributes - 1, attribute_names=np.array(["Bangs", "Hat"]))             # CelebA's own -1 and 1
     assert sgu.load_data(path)["test_labels"].tolist() == data["test_labels"].tolist()
+    write_npz(path, labels=None, attributes=np.zeros((24, 40), int))                   # more attributes than images, without names
+    assert sgu.load_data(path)["classes"] == [str(i) for i in range(40)]
     write_npz(path, images=np.full((24, 100, 100, 3), 77, dtype=np.uint8))
     assert sgu.load_data(path)["train"].shape == (20, 3, 64, 64) and (sgu.load_data(path)["train"] == 77).all()
 
@@ -2412,15 +2414,19 @@ def test_networks_that_diverged_are_not_scored(copied, tmp_path, capsys, monkeyp
     """NaN is neither a black image nor a likelihood, and weights that are not finite are no finished model."""
     with pytest.raises(FloatingPointError, match="NaN"):
         sgu.to_levels(torch.tensor([0.5, math.nan]))
-    argv, whole = [*QUICK, "--methods", "standard"], sgu.train
+    argv, whole, stop = [*QUICK, "--methods", "standard"], sgu.train, []
     def last_update_diverges(model, ema, *args, **kw):
         for info in whole(model, ema, *args, **kw):
             if info["step"] == info["steps"]:
-                ema.out.bias.data.fill_(math.inf)
+                ema.out.bias.data.fill_(math.inf), stop.append(1)
             yield info
     monkeypatch.setattr(sgu, "train", last_update_diverges)
     check_refused(capsys, [*argv, "--out", tmp_path / "new"], "not finite", "standard", alone=False)
     assert not (tmp_path / "new" / "standard.pt").exists()
+    stop.clear()
+    with pytest.raises(FloatingPointError, match="not finite"):                        # nor when Ctrl-C comes at the last step
+        sgu.run(sgu.Options(methods="standard", out=str(tmp_path / "stopped")), interrupted=lambda: bool(stop))
+    assert not (tmp_path / "stopped" / "standard.pt").exists()
     monkeypatch.setattr(sgu, "bits_per_dim", lambda score, sde, x, generator: torch.full((len(x),), math.nan))
     check_refused(capsys, [*argv, "--likelihood-samples", "3", "--out", copied], "likelihood standard D_g", "diverged", alone=False)
     assert "NaN" not in (copied / "results.json").read_text()

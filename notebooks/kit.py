@@ -95,11 +95,13 @@ def paper_rows(paper):
 
 def measured(path, table=None, task="", title="Measured"):
     """Show a results file: its table beside the paper's (2 or 5), and the run's picture where it is committed: samples of every method from the
-    same noise, or the strips of task inpaint or reconstruct."""
-    say(f"**{title}** (`notebooks/results/{path.name}`):\n\n" + sgu.make_table(json.loads(path.read_text()), table))
+    same noise, or the strips of task inpaint or reconstruct. Returns its content."""
+    results = json.loads(path.read_text())
+    say(f"**{title}** (`notebooks/results/{path.name}`):\n\n" + sgu.make_table(results, table))
     if (picture := path.with_name(path.stem + (f"-{task}" if task else "") + ".png")).exists():
         what = "test images, then what every method makes of them; framed: images to forget" if task else "samples of every method; framed: what the judge calls forgotten"
         display(Image(filename=str(picture), alt=what))
+    return results
 
 
 def results_with(task):
@@ -117,9 +119,8 @@ def committed(dataset, sde, table, title, command):
         same = (pathlib.Path(str(config.get("dataset"))).stem, config.get("sde")) == (dataset, sde)
         if same and set(str(config.get("forget")).split(",")) == wanted:
             files.append(path)
-    results = json.loads(files[0].read_text()) if files else None
+    results = measured(files[0], table) if files else None
     if results:
-        measured(files[0], table)
         if files[1:]:
             say(f"Also there: {', '.join(f'`{f.name}`' for f in files[1:])}.")
     else:
