@@ -687,26 +687,31 @@ def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
 # =====================================================================================================================
 # 7. Training.  Eq. 11 by Adam: Standard (D), Unseen (D_g alone), SGU from scratch or from Standard's weights (D_g and D_f)
 #
-# Which t to train at matters more than anything else in a short run: half the draws are uniform in log sigma (the paper's
-# t ~ U[0, 1] for VE), half sit around sigma = 1, where digits take shape. The keep loss is weighted by 1 + (sigma/data_std)^2,
-# which makes the loss of the preconditioned network F equally large at every noise level (Karras et al. 2022). NegGrad and SISS are
-# that loss with another sign, and get the same weight. Orthogonal and obtuse are made of e.z, which is of order 1 at every noise level
-# where (e - z)^2 is small, and so is EraseDiff's distance to a noise of its own: the square root of that weight makes their gradients
-# at F equally large. The relative loss gets the full weight, which keeps its optimum a guided score. And where sigma > 6 noise hides the class, p_f and p_g coincide and
-# forgetting only fights keeping: see window. All this was found by trying; METHODS in section 10 holds what was found for each loss.
+# Which t to train at matters more than anything else in a short run. The paper's t ~ U[0, 1] is uniform in log sigma for VE. Here only every
+# k-th draw is; the others sit where images take shape: digits around sigma = 1; photographs, whose textures drown in less noise, around 0.3, by
+# the law of Karras et al. 2022 (their Table 1). Notebook 03 has what that is worth. The keep loss is weighted by 1 + (sigma/data_std)^2, which
+# makes the loss of the preconditioned network F equally large at every noise level (the same paper). NegGrad and SISS are that loss with another
+# sign, and get the same weight. Orthogonal and obtuse are made of e.z, which is of order 1 at every noise level where (e - z)^2 is small, and so
+# is EraseDiff's distance to a noise of its own: the square root of that weight makes their gradients at F equally large. The relative loss gets
+# the full weight, which keeps its optimum a guided score. And where sigma > 6 noise hides the class, p_f and p_g coincide and forgetting only
+# fights keeping: see window. All this was found by trying; METHODS in section 10 holds what was found for each loss.
 # =====================================================================================================================
 
-def sample_times(sde, n, generator=None, device=None, window=(0., 1.)):
-    """n stratified training times in window: (n,). Even entries uniform in log sigma, odd ones log sigma ~ N(0, 1.5^2)."""
+DIGIT_NOISE, PHOTO_NOISE = (0., 1.5, 2), (-1.2, 1.2, 32)       # noise laws (centre, spread, k), see sample_times
+
+
+def sample_times(sde, n, generator=None, device=None, window=(0., 1.), noise_law=DIGIT_NOISE):
+    """n stratified training times in window: (n,). noise_law (centre, spread, k): log sigma ~ N(centre, spread^2), but every k-th uniform."""
+    centre, spread, k = noise_law
     ends = torch.tensor([max(window[0], sde.t_min), window[1]], dtype=torch.float64)
     a, s = sde.marginal(ends)
     lo, hi = (s / a).log().tolist()
     u = (torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)) / n
-    u = u[torch.randperm(n, generator=generator, device=device)]                       # so that even and odd both cover (0, 1)
-    cdf = lambda z: 0.5 * (1 + math.erf(z / math.sqrt(2)))
-    p = (cdf(lo / 1.5) + u * (cdf(hi / 1.5) - cdf(lo / 1.5))).clamp(1e-6, 1 - 1e-6)
-    shape = 1.5 * torch.special.ndtri(p.cpu() if p.device.type == "mps" else p).to(p.device)          # mps has no ndtri
-    log_sigma = torch.where(torch.arange(n, device=device) % 2 == 0, lo + u * (hi - lo), shape)
+    u = u[torch.randperm(n, generator=generator, device=device)]                       # so that both laws cover (0, 1)
+    below = lambda v: 0.5 * (1 + math.erf((v - centre) / spread / math.sqrt(2)))        # P(log sigma < v)
+    p = (below(lo) + u * (below(hi) - below(lo))).clamp(1e-6, 1 - 1e-6)
+    shape = centre + spread * torch.special.ndtri(p.cpu() if p.device.type == "mps" else p).to(p.device)          # mps has no ndtri
+    log_sigma = torch.where(torch.arange(n, device=device) % k == 0, lo + u * (hi - lo), shape)
     t = sde.time(log_sigma.clamp(lo, hi).exp()).clamp(float(ends[0]), float(ends[1]))
     return sde.step(t) / sde.n_steps if isinstance(sde, DDPM) else t                    # the discrete chain trains at its own times
 
@@ -725,15 +730,15 @@ def forget_weight(sde, data_std=0.5):
 
 
 def saliency_mask(model, sde, forget, forget_loss, *, window=(0., 1.), weighting=None, batches=10, batch_size=64, train_share=0.5, seed=0,
-                  precision="float32", data_std=0.5):
+                  precision="float32", data_std=0.5, noise_law=DIGIT_NOISE):
     """Rival SalUn (Fan et al. 2024): an edit_gradient that trains only half of the weights: largest |sum of forget gradients|.
 
-    window, weighting: those with which the forget loss will train; None: forget_weight.
+    window, weighting, noise_law: those with which the forget loss will train; None: forget_weight.
     """
     score, g = make_score(model, sde, data_std, precision), torch.Generator(forget.device).manual_seed(seed)
     model.zero_grad(set_to_none=True)
     for _ in range(batches):
-        t = sample_times(sde, batch_size, g, forget.device, window)
+        t = sample_times(sde, batch_size, g, forget.device, window, noise_law)
         forget_loss(score, sde, draw(forget, batch_size, g), t=t, weighting=weighting or forget_weight(sde, data_std), generator=g).backward()
     saliency = torch.cat([p.grad.abs().flatten() for p in model.parameters()])
     threshold = saliency.kthvalue(max(1, round((1 - train_share) * len(saliency)))).values
@@ -746,7 +751,8 @@ def saliency_mask(model, sde, forget, forget_loss, *, window=(0., 1.), weighting
     return edit
 
 
-def fisher_penalty(model, sde, keep, *, strength=100.0, batches=50, batch_size=8, seed=0, precision="float32", data_std=0.5):
+def fisher_penalty(model, sde, keep, *, strength=100.0, batches=50, batch_size=8, seed=0, precision="float32", data_std=0.5,
+                   noise_law=DIGIT_NOISE):
     """Rival elastic weights (Kirkpatrick et al. 2017): an edit_gradient that adds the gradient of
     strength sum_i F_i (theta_i - theta0_i)^2, which keeps what the kept data need near Standard's weights theta0.
 
@@ -756,7 +762,7 @@ def fisher_penalty(model, sde, keep, *, strength=100.0, batches=50, batch_size=8
     start, fisher = [p.detach().clone() for p in model.parameters()], [torch.zeros_like(p) for p in model.parameters()]
     for _ in range(batches):
         model.zero_grad(set_to_none=True)
-        t = sample_times(sde, batch_size, g, keep.device)
+        t = sample_times(sde, batch_size, g, keep.device, noise_law=noise_law)
         score_matching_loss(score, sde, draw(keep, batch_size, g), t=t, weighting=keep_weight(sde, data_std), generator=g).backward()
         for f, p in zip(fisher, model.parameters()):
             f.add_(p.grad.square(), alpha=1 / batches)
@@ -776,12 +782,12 @@ def draw(data, n, generator):
 
 def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, steps, batch_size=128, lr=1e-3, warmup=100,
           ema_decay=0.999, window=(0., 1.), weighting=None, forget_weighting=None, precision="float32", data_std=0.5, seed=0,
-          state=None, compile=False, forget_ratio=None, edit_gradient=None):
+          state=None, compile=False, forget_ratio=None, edit_gradient=None, noise_law=DIGIT_NOISE):
     """Train model in place by Eq. 11, ema following it; a generator that yields after every step: for info in train(...): ...
 
     model: a network (x, log(sigma)/4) -> the shape of x, for make_score with the same data_std; ema: copy.deepcopy(model), the averaged
     weights that one samples from. keep, forget: (N, ...) uint8 or float tensors on the model's device; alpha = 1 ignores forget.
-    forget_loss: any function with the signature of obtuse_loss. window: the times t at which it acts; t comes from sample_times.
+    forget_loss: any function with the signature of obtuse_loss. window: the times t at which it acts; noise_law: see sample_times.
     weighting, forget_weighting: 'noise', 'paper' or a function of t; None: keep_weight and forget_weight. R of section 3 has their ratio.
     forget_ratio: rescale the forget gradient to this share of the keep gradient's norm, whatever alpha (the step of SISS, Alberti et al.
     2025, without its importance sampling). edit_gradient: called as edit_gradient(model) before every step (saliency_mask, fisher_penalty).
@@ -807,7 +813,7 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, st
         ema.load_state_dict(model.state_dict())        # an EMA carried over from Standard would still remember the class
 
     def term(loss_fn, data, g, w, window, n):
-        x0, t = draw(data, n, g), sample_times(sde, n, g, device, window)
+        x0, t = draw(data, n, g), sample_times(sde, n, g, device, window, noise_law)
         loss = loss_fn(score, sde, x0, t=t, weighting=w, generator=g)
         if not torch.isfinite(loss):
             with torch.no_grad():
@@ -1222,13 +1228,13 @@ TASKS = ("sample", "likelihood", "inpaint", "reconstruct")
 
 # What fits a machine. side of the image, kind of device -> network, training, how much to measure, network evaluations a sample.
 PRESETS = {
-    ("glyphs", "cpu"): dict(channels=(16, 32), patch=2, blocks=1, steps=1150, batch_size=64, lr=8e-3, samples=400, evaluations=60, likelihood_samples=20, judge=(8, 3)),
-    (28, "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=5000, batch_size=64, lr=5e-3, samples=2000, evaluations=120, likelihood_samples=100, judge=(8, 5)),
-    (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, evaluations=120, likelihood_samples=1000, judge=(32, 8)),
-    (32, "cpu"): dict(channels=(48, 96), patch=2, blocks=1, steps=2000, batch_size=64, lr=3e-3, samples=500, evaluations=100, likelihood_samples=64, judge=(16, 10)),
-    (32, "gpu"): dict(channels=(192, 384), patch=2, blocks=1, steps=20000, batch_size=256, lr=1e-3, samples=10000, evaluations=100, likelihood_samples=500, judge=(64, 24)),
-    (64, "cpu"): dict(channels=(32, 64, 128), patch=2, blocks=1, steps=3000, batch_size=32, lr=2e-3, samples=500, evaluations=100, likelihood_samples=32, judge=(16, 10)),
-    (64, "gpu"): dict(channels=(96, 192, 384), patch=2, blocks=1, steps=20000, batch_size=128, lr=1e-3, samples=10000, evaluations=100, likelihood_samples=250, judge=(64, 30)),
+    ("glyphs", "cpu"): dict(channels=(16, 32), patch=2, blocks=1, steps=1150, batch_size=64, lr=8e-3, samples=400, evaluations=60, likelihood_samples=20, noise_law=DIGIT_NOISE, judge=(8, 3)),
+    (28, "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=5000, batch_size=64, lr=5e-3, samples=2000, evaluations=120, likelihood_samples=100, noise_law=DIGIT_NOISE, judge=(8, 5)),
+    (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, evaluations=120, likelihood_samples=1000, noise_law=DIGIT_NOISE, judge=(32, 8)),
+    (32, "cpu"): dict(channels=(48, 96), patch=2, blocks=1, steps=2000, batch_size=64, lr=3e-3, samples=500, evaluations=100, likelihood_samples=64, noise_law=PHOTO_NOISE, judge=(16, 10)),
+    (32, "gpu"): dict(channels=(192, 384), patch=2, blocks=1, steps=20000, batch_size=256, lr=1e-3, samples=10000, evaluations=100, likelihood_samples=500, noise_law=PHOTO_NOISE, judge=(64, 24)),
+    (64, "cpu"): dict(channels=(32, 64, 128), patch=2, blocks=1, steps=3000, batch_size=32, lr=2e-3, samples=500, evaluations=100, likelihood_samples=32, noise_law=PHOTO_NOISE, judge=(16, 10)),
+    (64, "gpu"): dict(channels=(96, 192, 384), patch=2, blocks=1, steps=20000, batch_size=128, lr=1e-3, samples=10000, evaluations=100, likelihood_samples=250, noise_law=PHOTO_NOISE, judge=(64, 30)),
 }
 PRESETS["stl10", "cpu"] = PRESETS[64, "cpu"] | dict(judge=(16, 20))                     # its judge has 5,000 images to learn from
 PRESETS["stl10", "gpu"] = PRESETS[64, "gpu"] | dict(judge=(64, 80))
@@ -1490,7 +1496,8 @@ def run(opt, interrupted=lambda: False):
     out, preset, sde = pathlib.Path(opt.out), data["preset"], make_sde(opt.sde)
     uncompared = ("out", "data_root", "fresh", "methods", "tasks")                     # these change what is done, not its outcome
     config = {k: v for k, v in dataclasses.asdict(opt).items() if k not in uncompared}
-    config.update(network=data["network"], judge_network=list(preset["judge"]), **({"data_crc32": data["content"]} if "content" in data else {}))
+    config.update(network=data["network"], judge_network=list(preset["judge"]), noise_law=list(preset["noise_law"]),
+                  **({"data_crc32": data["content"]} if "content" in data else {}))
     if opt.fresh:
         for old in our_files():                                                        # nothing else: --out may hold files of the user's
             if not opt.pretrained or (out / old).resolve() != pathlib.Path(opt.pretrained).resolve():
@@ -1641,11 +1648,12 @@ def get_model(method, out, data, opt, config, device, stage, pause):
     if method == "relative":
         forget_loss = functools.partial(relative_loss, reference=make_score(copy.deepcopy(ema), sde, precision=opt.precision))
     elif method == "salun":
-        edit = saliency_mask(model, sde, forget, forget_loss, window=how["window"], weighting=forget_weighting, seed=opt.seed, precision=opt.precision)
+        edit = saliency_mask(model, sde, forget, forget_loss, window=how["window"], weighting=forget_weighting, seed=opt.seed, precision=opt.precision,
+                             noise_law=data["preset"]["noise_law"])
     elif method == "fisher":
-        edit = fisher_penalty(model, sde, keep, seed=opt.seed, precision=opt.precision)
+        edit = fisher_penalty(model, sde, keep, seed=opt.seed, precision=opt.precision, noise_law=data["preset"]["noise_law"])
     for info in train(model, ema, sde, keep, forget, forget_loss, how["alpha"], steps=steps, batch_size=opt.batch_size, lr=how["lr"], warmup=steps // 20 + 1,
-                      window=how["window"], forget_weighting=forget_weighting, precision=opt.precision,
+                      window=how["window"], forget_weighting=forget_weighting, precision=opt.precision, noise_law=data["preset"]["noise_law"],
                       seed=opt.seed, state=saved["state"], compile=opt.compile, forget_ratio=1 - how["alpha"] if method == "siss" else None, edit_gradient=edit):
         if info["step"] % 10 == 0 or info["step"] == steps:
             saved["losses"].append([info["step"], info["keep"], info["forget"]])

@@ -1398,20 +1398,21 @@ def check_nonfinite(train=sgu.train):
 
 
 def check_sample_times(sample_times=sgu.sample_times, sde=SDES["VE"], n=4000):
-    """Even draws uniform in log sigma, odd ones normal around sigma = 1 cut to the window; stratified: even closer than random."""
-    for window in ((0., 1.), (0.2, 0.7)):
-        t = sample_times(sde, n, seeded(61), window=window).to(F64)
+    """Every k-th draw uniform in log sigma, the others normal, cut to the window; stratified: even closer than random. Default: N(0, 1.5^2), k = 2."""
+    for window, law in (((0., 1.), {}), ((0.2, 0.7), {}), ((0., 1.), dict(noise_law=(-1.2, 1.2, 32))), ((0.1, 0.9), dict(noise_law=(0.5, 0.8, 5)))):
+        centre, spread, k = law.get("noise_law", (0., 1.5, 2))
+        t = sample_times(sde, n, seeded(61), window=window, **law).to(F64)
         lo_t, hi_t = max(window[0], sde.t_min), window[1]
         assert lo_t - 1e-6 <= t.min() and t.max() <= hi_t + 1e-6, "a time lies outside the window"
         a, s = sde.marginal(torch.cat([torch.tensor([lo_t, hi_t], dtype=F64), t]))
         log_sigma = (s / a).log()
         lo, hi = log_sigma[:2]
-        phi = lambda v: torch.special.ndtr(v / 1.5)
-        even, odd = log_sigma[2::2].sort()[0], log_sigma[3::2].sort()[0]
-        rank = (torch.arange(n // 2) + 0.5) / (n // 2)
-        off = [(v - rank).abs().max() for v in ((even - lo) / (hi - lo), (phi(odd) - phi(lo)) / (phi(hi) - phi(lo)))]
-        assert max(off) < 0.036, \
-            f"distance to the two laws: {[round(float(v), 3) for v in off]}"   # Kolmogorov: P = 0.01
+        phi = lambda v: torch.special.ndtr((v - centre) / spread)
+        draws, kth = log_sigma[2:], torch.arange(n) % k == 0
+        even, shape = draws[kth].sort()[0], draws[~kth].sort()[0]
+        rank = lambda v: (torch.arange(len(v)) + 0.5) / len(v)
+        off = [(v - rank(v)).abs().max() * len(v) ** 0.5 for v in ((even - lo) / (hi - lo), (phi(shape) - phi(lo)) / (phi(hi) - phi(lo)))]
+        assert max(off) < 1.6, f"distance to the two laws: {[round(float(v), 3) for v in off]}"                    # Kolmogorov: P = 0.01
 
 
 def test_alpha_one_is_plain_training():
@@ -2134,7 +2135,7 @@ def test_real_open_clip():
 # 10. The command. Runs are made small: tiny networks, few glyphs, few steps; nothing else is changed
 # =====================================================================================================================
 
-TINY = dict(channels=(8, 16), patch=2, blocks=1, steps=6, batch_size=16, lr=2e-3, samples=8, evaluations=6, likelihood_samples=2, judge=(4, 1))
+TINY = dict(channels=(8, 16), patch=2, blocks=1, steps=6, batch_size=16, lr=2e-3, samples=8, evaluations=6, likelihood_samples=2, noise_law=(-1.2, 1.2, 32), judge=(4, 1))
 QUICK = ["--sampler", "ode", "--sampler-steps", "2"]
 FIVE = ("standard", "unseen", "orthogonal", "obtuse", "relative")          # the default of --methods
 
@@ -2225,7 +2226,7 @@ def test_results_have_every_field(finished):
     r = results_of(out)
     assert set(r) == {"config", "command", "device", "versions", "seconds", "judge", "methods"}
     assert {"dataset", "forget", "sde", "training", "alpha", "steps", "unlearn_steps", "batch_size", "lr", "sampler", "sampler_steps", "samples",
-            "likelihood_samples", "precision", "compile", "seed", "device", "network", "judge", "judge_network"} <= set(r["config"])
+            "likelihood_samples", "precision", "compile", "seed", "device", "network", "judge", "judge_network", "noise_law"} <= set(r["config"])
     assert r["command"].startswith("python sgu.py") and r["versions"]["torch"] == torch.__version__ and "thread" in r["device"]
     assert {"judge", "total"} | {f"{stage} {m}" for stage in ("train", "sample", "likelihood") for m in FIVE} == set(r["seconds"])
     assert 0 <= r["judge"]["test_accuracy"] <= 1 and 0 <= r["judge"]["floor"] <= 1 and r["judge"]["kind"] == "cnn"
@@ -2581,6 +2582,21 @@ def test_what_looks_at_standard_starts_there(method, finished, tmp_path, small, 
     argv = [*QUICK, "--methods", f"standard,{method}", "--tasks", "sample", "--training", "retrain", "--unlearn-lr", "1e-30", "--unlearn-steps", "2"]
     assert command(capsys, *argv, "--pretrained", finished[0] / "standard.pt", "--out", tmp_path)[0] == 0
     assert equal_weights(tmp_path / f"{method}.pt", finished[0] / "standard.pt"), f"{method} was not started from Standard"
+
+
+@pytest.mark.parametrize("method", ["standard", "obtuse", "salun", "fisher"])
+def test_every_training_time_follows_the_preset(method, finished, tmp_path, small, capsys, no_pictures, monkeypatch):
+    """Also the times of SalUn's mask and of Fisher's penalty: the noise law of the preset, nobody's own."""
+    laws, sample = [], sgu.sample_times
+    def watched(sde, n, generator=None, device=None, window=(0., 1.), noise_law=None):
+        laws.append(noise_law)
+        return sample(sde, n, generator, device, window, noise_law)
+    monkeypatch.setattr(sgu, "sample_times", watched)
+    before = [] if method == "standard" else ["--pretrained", finished[0] / "standard.pt"]
+    methods = method if method == "standard" else f"standard,{method}"
+    assert command(capsys, *QUICK, "--methods", methods, "--tasks", "sample", "--unlearn-steps", "2", *before, "--out", tmp_path)[0] == 0
+    assert len(laws) >= 4 and set(laws) == {TINY["noise_law"]}, laws
+    assert results_of(tmp_path)["config"]["noise_law"] == list(TINY["noise_law"])
 
 
 @pytest.mark.parametrize("method", ["salun", "fisher", "relative"])

@@ -1,10 +1,11 @@
-"""Experiments of notebooks 07, 09 and 10 that take longer than a notebook should. Run from the repository's top folder.
+"""Experiments of notebooks 03, 07, 09 and 10 that take longer than a notebook should. Run from the repository's top folder.
 
     python notebooks/rivals.py toy                      all methods on the three Gaussians     -> results/rivals-toy.json
     python notebooks/rivals.py mnist --data-root data   all methods on MNIST, forget 3 and 7   -> results/rivals-mnist-3,7.json
     python notebooks/rivals.py relearn                  how fast do 100 images bring 3 and 7 back?    -> results/relearn-mnist-3,7.json
     python notebooks/rivals.py samplers                 the ratio by sampler and number of steps      -> results/samplers-mnist-3,7.json
     python notebooks/rivals.py seeds                    VE and VP, fine-tuned and re-trained, three seeds    -> results/seeds-mnist-3,7.json
+    python notebooks/rivals.py noise                    which noise should CIFAR-10 train at?         -> results/noise-cifar10.json
 
 Every trial is a file in --out (default runs/rivals); a run that was stopped goes on. relearn needs the networks of mnist in --out.
 
@@ -58,11 +59,10 @@ def judge_and_halves(data):
     return sgu.load_judge(here / "results/mnist_judge.pt"), [dict(data, test=data["test"][i::2], test_labels=data["test_labels"][i::2]) for i in (0, 1)]
 
 
-def judge_facts(data_root):
-    """What the judge is worth on the half of the final figures: its accuracy, and its floor, the forgotten classes it sees in real D_g images."""
-    judge, (_, half) = judge_and_halves(sgu.choose(sgu.load_data("mnist", data_root), FORGET))
-    label, gone = sgu.opinions(judge, half["test"])[0].argmax(1), sgu.is_forgotten(half, "test")
-    return dict(test_accuracy=float((label == half["test_labels"]).float().mean()), floor=float(torch.isin(label[~gone], torch.tensor(half["forget"])).float().mean()))
+def judge_facts(judge, data):
+    """What the judge is worth on the test images of data: its accuracy, and its floor, the forgotten classes it sees in real D_g images."""
+    label, gone = sgu.opinions(judge, data["test"])[0].argmax(1), sgu.is_forgotten(data, "test")
+    return dict(test_accuracy=float((label == data["test_labels"]).float().mean()), floor=float(torch.isin(label[~gone], torch.tensor(data["forget"])).float().mean()))
 
 
 def measure_images(images, judge, data):
@@ -395,7 +395,49 @@ def samplers(out, data_root):
     return dict(config=dict(samplers=SAMPLERS, n=SAMPLER_N, forget=FORGET), rows=[done[name] for name in jobs])
 
 
-FILES = dict(toy="rivals-toy", mnist="rivals-mnist-3,7", relearn="relearn-mnist-3,7", samplers="samplers-mnist-3,7", seeds="seeds-mnist-3,7")
+# ---- which noise to train at --------------------------------------------------------------------------------------------------------
+
+NOISE = dict(steps=1200, batch_size=64, lr=3e-3, samples=500, sampler_steps=60)
+NOISE_LAWS = (sgu.DIGIT_NOISE, (-1.2, 1.2, 2), (-1.2, 1.2, 4), (-1.2, 1.2, 8), sgu.PHOTO_NOISE, (-0.6, 1.2, 32))
+NOISE_LEVELS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)                    # sigma at which the error of the guess is looked at
+CIFAR = sgu.PRESETS[32, "cpu"]
+
+
+def noise_network(law, how, data, sde):
+    """Standard of the CPU preset, trained at the noise levels of law."""
+    torch.manual_seed(0)
+    model = sgu.UNet(3, CIFAR["channels"], CIFAR["blocks"], CIFAR["patch"])
+    ema = copy.deepcopy(model).requires_grad_(False)
+    for _ in sgu.train(model, ema, sde, data["train"], steps=how["steps"], batch_size=how["batch_size"], lr=how["lr"], warmup=how["steps"] // 20 + 1, noise_law=law):
+        pass
+    return ema.eval()
+
+
+def noise_trial(law, how, name, out, data_root):
+    """The mean square error of the guess of the noise in test images, (e - z)^2, at every one of NOISE_LEVELS; samples, judged."""
+    data, sde = sgu.choose(sgu.load_data("cifar10", data_root), "automobile,dog"), sgu.VP()
+    score, x0, error = sgu.make_score(noise_network(law, how, data, sde), sde), sgu.from_levels(data["test"][:256]), []
+    for sigma in NOISE_LEVELS:
+        with torch.no_grad():
+            _, e, z = sgu.predict_noise(score, sde, x0, sde.time(torch.full((len(x0),), sigma)), generator=torch.Generator().manual_seed(1))
+        error.append(float((e - z).square().mean()))
+    draw = lambda seed: sgu.to_levels(sgu.ancestral_sample(score, sde, (how["samples"] // 4, *x0.shape[1:]), how["sampler_steps"], torch.Generator().manual_seed(seed)))
+    return dict(measure_images(torch.cat([draw(seed) for seed in range(4)]), sgu.load_judge(out / "noise-judge.pt"), data), noise_law=law, error=error)
+
+
+def noise(out, data_root):
+    data, path = sgu.choose(sgu.load_data("cifar10", data_root), "automobile,dog"), out / "noise-judge.pt"
+    if not path.exists():
+        for *_, judge in sgu.train_judge(data, *CIFAR["judge"], flip=True):
+            pass
+        sgu.save_checkpoint(path, dict(format="sgu-1", network=judge.config, model=judge.state_dict()))
+    jobs = {f"noise-{'_'.join(map(str, law))}": (law, NOISE) for law in NOISE_LAWS}
+    done = attempt_all(noise_trial, jobs, out, data_root)
+    return dict(config=dict(NOISE, levels=NOISE_LEVELS, images=256, sde="vp", forget="automobile,dog", seed=0), rows=[done[name] for name in jobs],
+                judge=judge_facts(sgu.load_judge(path), data))
+
+
+FILES = dict(toy="rivals-toy", mnist="rivals-mnist-3,7", relearn="relearn-mnist-3,7", samplers="samplers-mnist-3,7", seeds="seeds-mnist-3,7", noise="noise-cifar10")
 
 
 def main(argv=None):
@@ -408,14 +450,16 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     try:
         results = dict(toy=lambda: compare("toy", out, opt.data_root), mnist=lambda: compare("mnist", out, opt.data_root),
-                       relearn=lambda: relearn(out, opt.data_root), samplers=lambda: samplers(out, opt.data_root), seeds=lambda: seeds(out, opt.data_root))[opt.experiment]()
+                       relearn=lambda: relearn(out, opt.data_root), samplers=lambda: samplers(out, opt.data_root), seeds=lambda: seeds(out, opt.data_root),
+                       noise=lambda: noise(out, opt.data_root))[opt.experiment]()
     except sgu.UsageError as error:
         sys.exit(f"rivals: {error}")
     results.update(command=f"python notebooks/rivals.py {opt.experiment}", device=f"{sgu.describe(torch.device('cpu')).rsplit(',', 1)[0]}, {os.cpu_count()} processes of 1 thread",
                    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     name = FILES[opt.experiment]
-    if opt.experiment != "toy":
-        results["judge"] = judge_facts(opt.data_root)
+    if opt.experiment not in ("toy", "noise"):
+        judge, (_, half) = judge_and_halves(sgu.choose(sgu.load_data("mnist", opt.data_root), FORGET))
+        results["judge"] = judge_facts(judge, half)
     if opt.experiment in ("toy", "mnist"):
         results["markdown"] = make_table(results)
         print(results["markdown"])
