@@ -669,8 +669,8 @@ def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
 def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
     """Noise x: (B, ...) to time t, then walk Eq. 4 back to data: (B, ...). A score changed at these noise levels may miss the way back.
 
-    The paper's t = 0.02 is faint noise: sigma = 0.08 for VP, and for VE 0.012, from where every network finds back. SGU-Relative is
-    trained at sigma 0.2 to 3 alone, so it hardly changes here. Raises ValueError for t outside [0, 1].
+    The paper's t = 0.02 is faint noise: sigma = 0.08 for VP, and for VE 0.012, from where every network finds back. SGU-Relative's
+    forget loss acts at sigma 0.2 to 3 alone, so it hardly changes here. Raises ValueError for t outside [0, 1].
     """
     if not 0 <= t <= 1:
         raise ValueError(f"reconstruct needs t in [0, 1], not {t}")
@@ -810,7 +810,7 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, st
         for g, saved in zip(streams, state["streams"]):
             g.set_state(saved.cpu())
     else:
-        ema.load_state_dict(model.state_dict())        # an EMA carried over from Standard would still remember the class
+        ema.load_state_dict(model.state_dict())        # its decay, small at first, drops them: a slow average keeps Standard, who knows the class
 
     def term(loss_fn, data, g, w, window, n):
         x0, t = draw(data, n, g), sample_times(sde, n, g, device, window, noise_law)

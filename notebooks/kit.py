@@ -204,8 +204,8 @@ def draw_losses(losses):
         axes[0].plot(l[:, 0], l[:, 1], color=COLOUR[m], marker=MARKER[m], ms=3, label=TITLE[m])
         if sgu.METHODS[m][1]:
             axes[1].plot(l[:, 0], l[:, 2], color=COLOUR[m], marker=MARKER[m], ms=3)
-    axes[0].set(yscale="log", xlabel="step", title="keep loss (Eq. 8)")
-    axes[1].set(xlabel="step of the fine-tuning", title="forget loss (Eq. 9, 10)")
+    axes[0].set(yscale="log", xlabel="step", title="keep loss (Eq. 8), weighted")
+    axes[1].set(xlabel="step of the fine-tuning", title="forget loss (Eq. 9, 10), weighted")
     axes[1].axhline(0, color="0.7", lw=0.7)
     axes[0].set_yticks((0.4, 0.6, 0.8, 1, 2), labels=("0.4", "0.6", "0.8", "1", "2"))
     axes[0].minorticks_off()
