@@ -1231,7 +1231,7 @@ PRESETS = {
     ("glyphs", "cpu"): dict(channels=(16, 32), patch=2, blocks=1, steps=1150, batch_size=64, lr=8e-3, samples=400, evaluations=60, likelihood_samples=20, noise_law=DIGIT_NOISE, judge=(8, 3)),
     (28, "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=5000, batch_size=64, lr=5e-3, samples=2000, evaluations=120, likelihood_samples=100, noise_law=DIGIT_NOISE, judge=(8, 5)),
     (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, evaluations=120, likelihood_samples=1000, noise_law=DIGIT_NOISE, judge=(32, 8)),
-    (32, "cpu"): dict(channels=(48, 96), patch=2, blocks=1, steps=2000, batch_size=64, lr=3e-3, samples=500, evaluations=100, likelihood_samples=64, noise_law=PHOTO_NOISE, judge=(16, 10)),
+    (32, "cpu"): dict(channels=(48, 96), patch=2, blocks=1, steps=8000, batch_size=64, lr=3e-3, samples=500, evaluations=100, likelihood_samples=100, noise_law=PHOTO_NOISE, judge=(16, 10)),
     (32, "gpu"): dict(channels=(192, 384), patch=2, blocks=1, steps=20000, batch_size=256, lr=1e-3, samples=10000, evaluations=100, likelihood_samples=500, noise_law=PHOTO_NOISE, judge=(64, 24)),
     (64, "cpu"): dict(channels=(32, 64, 128), patch=2, blocks=1, steps=3000, batch_size=32, lr=2e-3, samples=500, evaluations=100, likelihood_samples=32, noise_law=PHOTO_NOISE, judge=(16, 10)),
     (64, "gpu"): dict(channels=(96, 192, 384), patch=2, blocks=1, steps=20000, batch_size=128, lr=1e-3, samples=10000, evaluations=100, likelihood_samples=250, noise_law=PHOTO_NOISE, judge=(64, 30)),

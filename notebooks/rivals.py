@@ -419,7 +419,7 @@ def noise_trial(law, how, name, out, data_root):
     score, x0, error = sgu.make_score(noise_network(law, how, data, sde), sde), sgu.from_levels(data["test"][:256]), []
     for sigma in NOISE_LEVELS:
         with torch.no_grad():
-            _, e, z = sgu.predict_noise(score, sde, x0, sde.time(torch.full((len(x0),), sigma)), generator=torch.Generator().manual_seed(1))
+            _, e, z = sgu.predict_noise(score, sde, x0, sde.time(torch.full((len(x0),), sigma)), None, torch.Generator().manual_seed(1))
         error.append(float((e - z).square().mean()))
     draw = lambda seed: sgu.to_levels(sgu.ancestral_sample(score, sde, (how["samples"] // 4, *x0.shape[1:]), how["sampler_steps"], torch.Generator().manual_seed(seed)))
     return dict(measure_images(torch.cat([draw(seed) for seed in range(4)]), sgu.load_judge(out / "noise-judge.pt"), data), noise_law=law, squared_error=error)
