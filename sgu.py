@@ -1645,16 +1645,16 @@ def get_model(method, out, data, opt, config, device, stage, pause):
         start = last = time.time()
 
     edit, forget_weighting = None, METHODS[method][3][3](sde) if opt.weighting == "balanced" else opt.weighting
+    common = dict(seed=opt.seed, precision=opt.precision, noise_law=data["preset"]["noise_law"])
     if method == "relative":
         forget_loss = functools.partial(relative_loss, reference=make_score(copy.deepcopy(ema), sde, precision=opt.precision))
     elif method == "salun":
-        edit = saliency_mask(model, sde, forget, forget_loss, window=how["window"], weighting=forget_weighting, seed=opt.seed, precision=opt.precision,
-                             noise_law=data["preset"]["noise_law"])
+        edit = saliency_mask(model, sde, forget, forget_loss, window=how["window"], weighting=forget_weighting, **common)
     elif method == "fisher":
-        edit = fisher_penalty(model, sde, keep, seed=opt.seed, precision=opt.precision, noise_law=data["preset"]["noise_law"])
+        edit = fisher_penalty(model, sde, keep, **common)
     for info in train(model, ema, sde, keep, forget, forget_loss, how["alpha"], steps=steps, batch_size=opt.batch_size, lr=how["lr"], warmup=steps // 20 + 1,
-                      window=how["window"], forget_weighting=forget_weighting, precision=opt.precision, noise_law=data["preset"]["noise_law"],
-                      seed=opt.seed, state=saved["state"], compile=opt.compile, forget_ratio=1 - how["alpha"] if method == "siss" else None, edit_gradient=edit):
+                      window=how["window"], forget_weighting=forget_weighting, state=saved["state"], compile=opt.compile,
+                      forget_ratio=1 - how["alpha"] if method == "siss" else None, edit_gradient=edit, **common):
         if info["step"] % 10 == 0 or info["step"] == steps:
             saved["losses"].append([info["step"], info["keep"], info["forget"]])
         bar(info["step"], f"keep {info['keep']:.4f}" + (f"  forget {info['forget']:+.4f}" if forget_loss else ""))

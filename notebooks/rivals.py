@@ -397,9 +397,9 @@ def samplers(out, data_root):
 
 # ---- which noise to train at --------------------------------------------------------------------------------------------------------
 
-NOISE = dict(steps=1200, batch_size=64, lr=3e-3, samples=500, sampler_steps=60)
+NOISE = dict(steps=1200, batch_size=64, lr=3e-3, samples=500, sampler_steps=60, images=256, forget="automobile,dog",
+             levels=(0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8))              # sigma at which the error of the guess in images is looked at
 NOISE_LAWS = (sgu.DIGIT_NOISE, (-1.2, 1.2, 2), (-1.2, 1.2, 4), (-1.2, 1.2, 8), sgu.PHOTO_NOISE, (-0.6, 1.2, 32))
-NOISE_LEVELS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)                    # sigma at which the error of the guess is looked at
 CIFAR = sgu.PRESETS[32, "cpu"]
 
 
@@ -414,10 +414,10 @@ def noise_network(law, how, data, sde):
 
 
 def noise_trial(law, how, name, out, data_root):
-    """The mean square error of the guess of the noise in test images, (e - z)^2, at every one of NOISE_LEVELS; samples, judged."""
-    data, sde = sgu.choose(sgu.load_data("cifar10", data_root), "automobile,dog"), sgu.VP()
-    score, x0, error = sgu.make_score(noise_network(law, how, data, sde), sde), sgu.from_levels(data["test"][:256]), []
-    for sigma in NOISE_LEVELS:
+    """The mean square error of the guess of the noise in test images, (e - z)^2, at every sigma of levels; samples, judged."""
+    data, sde = sgu.choose(sgu.load_data("cifar10", data_root), how["forget"]), sgu.VP()
+    score, x0, error = sgu.make_score(noise_network(law, how, data, sde), sde), sgu.from_levels(data["test"][:how["images"]]), []
+    for sigma in how["levels"]:
         with torch.no_grad():
             _, e, z = sgu.predict_noise(score, sde, x0, sde.time(torch.full((len(x0),), sigma)), None, torch.Generator().manual_seed(1))
         error.append(float((e - z).square().mean()))
@@ -426,15 +426,14 @@ def noise_trial(law, how, name, out, data_root):
 
 
 def noise(out, data_root):
-    data, path = sgu.choose(sgu.load_data("cifar10", data_root), "automobile,dog"), out / "noise-judge.pt"
+    data, path = sgu.choose(sgu.load_data("cifar10", data_root), NOISE["forget"]), out / "noise-judge.pt"
     if not path.exists():
         for *_, judge in sgu.train_judge(data, *CIFAR["judge"], flip=True):
             pass
         sgu.save_checkpoint(path, dict(format="sgu-1", network=judge.config, model=judge.state_dict()))
     jobs = {f"noise-{'_'.join(map(str, law))}": (law, NOISE) for law in NOISE_LAWS}
     done = attempt_all(noise_trial, jobs, out, data_root)
-    return dict(config=dict(NOISE, levels=NOISE_LEVELS, images=256, sde="vp", forget="automobile,dog", seed=0), rows=[done[name] for name in jobs],
-                judge=judge_facts(sgu.load_judge(path), data))
+    return dict(config=dict(NOISE, sde="vp", seed=0), rows=[done[name] for name in jobs], judge=judge_facts(sgu.load_judge(path), data))
 
 
 FILES = dict(toy="rivals-toy", mnist="rivals-mnist-3,7", relearn="relearn-mnist-3,7", samplers="samplers-mnist-3,7", seeds="seeds-mnist-3,7", noise="noise-cifar10")
@@ -449,9 +448,8 @@ def main(argv=None):
     out = pathlib.Path(opt.out)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        results = dict(toy=lambda: compare("toy", out, opt.data_root), mnist=lambda: compare("mnist", out, opt.data_root),
-                       relearn=lambda: relearn(out, opt.data_root), samplers=lambda: samplers(out, opt.data_root), seeds=lambda: seeds(out, opt.data_root),
-                       noise=lambda: noise(out, opt.data_root))[opt.experiment]()
+        experiments = dict(toy=functools.partial(compare, "toy"), mnist=functools.partial(compare, "mnist"), relearn=relearn, samplers=samplers, seeds=seeds, noise=noise)
+        results = experiments[opt.experiment](out, opt.data_root)
     except sgu.UsageError as error:
         sys.exit(f"rivals: {error}")
     results.update(command=f"python notebooks/rivals.py {opt.experiment}", device=f"{sgu.describe(torch.device('cpu')).rsplit(',', 1)[0]}, {os.cpu_count()} processes of 1 thread",
