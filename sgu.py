@@ -1,555 +1,444 @@
-"""Score-based Generative Unlearning (SGU) in one file: train a diffusion model, make it forget a class, measure what is left.
+"""Score-based Generative Unlearning (SGU) in one file: make a diffusion model forget a class.
 
     python sgu.py                                    digits drawn from fonts, nothing to download
-    python sgu.py --dataset mnist --forget 3,7       the paper's first experiment
-    python sgu.py --help                             every option
+    python sgu.py --dataset mnist --forget 3,7       the paper's first experiment (--help: options)
 
-Sections 1 to 7 are the method of the paper "Unlearning is better than unseen": 1 schedules (Eq. 3), 2 network, 3 losses (Eq. 5,
-8-14), 4 samplers (Eq. 4), 5 likelihood, 6 inpainting and reconstruction, 7 training (Eq. 11). 8 data, 9 the judge and 10 the command
-make a program of it. How long it takes and what it yields is in README.md.
+Part one is the method of the paper "Unlearning is better than unseen": 1 schedules, 2 network,
+3 losses, 4 samplers, 5 likelihood, 6 inpainting, 7 training; part two the experiment: 8 data,
+9 judge, 10 the command.
 
-Notation, used everywhere:
-    x0 ~ D     data; D_g are the images to keep (the paper's SFG), D_f the images to forget (NSFG); p_g, p_f their densities
-    x_t        a(t) x0 + s(t) z with z ~ N(0, I) and t in [0, 1], so p_0t(x_t | x0) = N(a x0, s^2 I)
-    score      grad_x log p_t(x), always. Any function score(x, t) with x: (B, ...) and t: (B,) will do: a network or a formula
-    e          predicted noise, e = -s(t) score(x_t, t); the training target of e is z, the training target of score is u = -z/s
-    e_g, e_f   what e would be if trained on D_g or D_f alone to perfection: E[z | x_t] under p_g or p_f
-    sigma      s/a, the noise-to-signal ratio: the noise level of x_t/a.  D in a formula is the number of pixels (dimensions)
-Squared errors and inner products below are divided by D and in units of this noise, so that a loss's weight means the same on 2 and
-on 12,288 dimensions.
+    D, D_g, D_f   all images; those to keep (the paper's SFG); those to forget (NSFG)
+    p_g, p_f      the densities of D_g and D_f
+    Standard      the model trained on D: it draws everything
+    Unseen        trained on D_g alone, as if D_f had never been collected: the yardstick
+    SGU           trained, from nothing or on from Standard, with two losses at once: the usual one
+                  on D_g (keep) and one on D_f that spoils the score there (forget)
+    x_t           a(t) x0 + s(t) z, z ~ N(0, I), t in [0, 1]: p(x_t | x0) = N(a x0, s^2 I)
+    sigma         s/a, the noise level of the image x_t/a
+    score         grad_x log p_t(x). Any function score(x, t) of x: (B, ...) and t: (B,) will do
+    e, u          the noise that a score predicts, e = -s score(x_t, t), whose target is z; and the
+                  target of the score itself, u = -z/s
+    e_g, e_f      e after perfect training on D_g or D_f alone: E[z | x_t] under p_g or p_f
+    B, D          images in a batch; in a formula D is the number of pixels (dimensions)
+    e.z           the inner product over all pixels; losses divide it by D, so that they mean the
+                  same for 2 and for 12,288 dimensions
 """
-import argparse, copy, dataclasses, functools, io, json, math, os, pathlib, platform, shlex, signal, sys, time, zlib
-
+import argparse, contextlib, copy, functools, inspect, io, json, math, os, pathlib, platform
+import shlex, sys, time, zlib
+from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+def need(ok, message, error=ValueError):                          # raise error(message) unless ok
+    if not ok:
+        raise error(message)
 
-def expand(v, x):
-    """(B,) -> (B, 1, ..., 1), so that one number per sample multiplies x: (B, ...)."""
+def per_sample(v, x):                                             # (B,) -> (B, 1, ..., 1) to fit x
     return v.reshape(-1, *[1] * (x.dim() - 1))
 
+# ==== 1. Noise schedules.  Eq. 3:  dx = f(x, t) dt + g(t) dw,  data (t = 0) to noise (t = 1) ======
+# f = -beta(t) x / 2 is linear in x, so x_t = a x0 + s z with a' = -beta a / 2 and d(s^2)/dt =
+# -beta s^2 + g^2. The noise level sigma = s/a is the clock that all schedules share.
+class Schedule:
+    """A schedule defines marginal(t) -> a, s; diffusion(t) -> g; time(sigma), the t at which s/a is
+    sigma; and, unless a = 1, beta(t) with a' = -beta a/2. a(1) must stay above 0. Times and noise
+    levels are (B,), and so is what they give."""
+    t_min = 0.0                                # the smallest t that training and samplers visit
+    def beta(self, t):
+        return torch.zeros_like(t)
 
-# =====================================================================================================================
-# 1. Noise schedules.  Eq. 3:  dx = f(x, t) dt + g(t) dw  from data (t = 0) to noise (t = 1)
-#
-# Each has marginal(t) -> (a, s), the drift f, the diffusion g, and the prior that p_1 is close to. f is linear in x, so
-#     a' = (f/x) a   and   d(s^2)/dt = 2 (f/x) s^2 + g^2            (a test checks both by finite differences)
-# sigma = s/a, the noise-to-signal ratio, is the clock that all three share; time(sigma) inverts it.
-# =====================================================================================================================
+    def at(self, t):                                              # a, s at one t, as plain floats
+        return tuple(map(float, self.marginal(torch.as_tensor(t, dtype=torch.float64))))
 
-class VE:
-    """Variance exploding: a = 1, s = sigma_min (sigma_max/sigma_min)^t, so log s is uniform when t is. Defaults: those of the authors' code (the paper names none)."""
-    t_min = 0.0                                    # the smallest t that training and samplers visit (s = sigma_min there)
+    def sigma(self, t):
+        a, s = self.marginal(t)
+        return s / a
 
-    def __init__(self, sigma_min=0.01, sigma_max=50.):
+    def drift(self, x, t):
+        return -0.5 * per_sample(self.beta(t), x) * x
+
+    def prior_sample(self, shape, generator=None, device=None):   # N(0, s(1)^2 I): a(1) is nearly 0
+        return self.at(1)[1] * torch.randn(shape, generator=generator, device=device)
+
+    def prior_log_prob(self, x):
+        """log N(x; 0, s(1)^2 I), x: (B, ...) -> (B,) in nats, float64."""
+        x, s = x.double().flatten(1), self.at(1)[1]
+        return -0.5 * (x / s).square().sum(1) - x.shape[1] * math.log(s * math.sqrt(2 * math.pi))
+
+class VE(Schedule):
+    """Variance exploding: a = 1, s = sigma_min (sigma_max/sigma_min)^t (Song et al. 2021)."""
+    def __init__(self, sigma_min=0.01, sigma_max=50.0):    # the usual ones; the paper names none
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def marginal(self, t):
-        """t: (B,) in [0, 1] -> a(t): (B,), s(t): (B,)."""
         return torch.ones_like(t), self.sigma_min * (self.sigma_max / self.sigma_min) ** t
 
-    def time(self, sigma):
-        """The t: (B,) at which s/a equals sigma: (B,)."""
-        return (sigma / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
-
-    def drift(self, x, t):
-        """f(x, t): (B, ...)."""
-        return torch.zeros_like(x)
-
     def diffusion(self, t):
-        """g(t): (B,)."""
         return self.marginal(t)[1] * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
 
-    def prior_sample(self, shape, generator=None, device=None):
-        """x_1 ~ N(0, sigma_max^2 I): shape."""
-        return self.sigma_max * torch.randn(shape, generator=generator, device=device)
+    def time(self, sigma):
+        return (sigma / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
 
-    def prior_log_prob(self, x):
-        """log N(x; 0, sigma_max^2 I): (B,) in nats, in float64 where the device has it."""
-        return normal_log_prob(x, self.sigma_max)
-
-
-class VP:
-    """Variance preserving: f = -beta(t) x / 2, g = sqrt(beta), beta(t) = beta_min + t (beta_max - beta_min), s^2 = 1 - a^2 (Song et al. 2021)."""
-    t_min = 1e-4                                   # s(0) = 0, and a score -z/s has no meaning there
-
-    def __init__(self, beta_min=0.1, beta_max=20.):
-        self.beta_min, self.beta_max = beta_min, beta_max
-
-    def log_a(self, t):
-        return -t ** 2 * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2      # -1/2 int_0^t beta
+class VP(Schedule):
+    """Variance preserving: beta linear in t, g = sqrt(beta), s^2 = 1 - a^2 (Song et al. 2021)."""
+    t_min = 1e-4                               # s(0) = 0, where a score -z/s has no meaning
+    def __init__(self, beta_min=0.1, beta_max=20.0):
+        self.beta_min, self.slope = beta_min, beta_max - beta_min
 
     def beta(self, t):
-        return self.beta_min + t * (self.beta_max - self.beta_min)
+        return self.beta_min + self.slope * t
+
+    def log_a(self, t):                        # -1/2 int_0^t beta
+        return -self.slope * t ** 2 / 4 - self.beta_min * t / 2
 
     def marginal(self, t):
-        """t: (B,) in [0, 1] -> a(t): (B,), s(t): (B,)."""
         log_a = self.log_a(t)
-        return log_a.exp(), (-torch.expm1(2 * log_a)).sqrt()         # expm1: exact where s is small
-
-    def time(self, sigma):
-        """The t: (B,) at which s/a equals sigma: (B,); from log a = -log(1 + sigma^2)/2 and the quadratic formula."""
-        b0, db = self.beta_min, self.beta_max - self.beta_min
-        return 2 * torch.log1p(sigma ** 2) / (b0 + (b0 ** 2 + 2 * db * torch.log1p(sigma ** 2)).sqrt())
-
-    def drift(self, x, t):
-        """f(x, t): (B, ...)."""
-        return -0.5 * expand(self.beta(t), x) * x
+        return log_a.exp(), (-torch.expm1(2 * log_a)).sqrt()      # expm1: exact where s is small
 
     def diffusion(self, t):
-        """g(t): (B,)."""
         return self.beta(t).sqrt()
 
-    def prior_sample(self, shape, generator=None, device=None):
-        """x_1 ~ N(0, I): shape."""
-        return torch.randn(shape, generator=generator, device=device)
-
-    def prior_log_prob(self, x):
-        """log N(x; 0, I): (B,) in nats, in float64 where the device has it."""
-        return normal_log_prob(x, 1.0)
-
+    def time(self, sigma):                     # log a = -log(1 + sigma^2)/2 is quadratic in t
+        c = torch.log1p(sigma ** 2)
+        return 2 * c / (self.beta_min + (self.beta_min ** 2 + 2 * self.slope * c).sqrt())
 
 class DDPM(VP):
-    """The discrete chain x_k = sqrt(1 - beta_k) x_{k-1} + sqrt(beta_k) z, k = 1..n_steps, at t = k / n_steps (Appendix B; Ho et al. 2020).
-
-    At those times marginal() is the chain's own, a^2 = prod_{j<=k} (1 - beta_j). Between them log a is interpolated linearly,
-    which makes DDPM a VP process with piecewise constant beta: every sampler and the likelihood of this file accept it.
-    """
-
+    """The chain x_k = sqrt(1 - beta_k) x_{k-1} + sqrt(beta_k) z, k = 1..n_steps (Appendix B).
+    At t = k/n_steps a^2 = prod_{j<=k} (1 - beta_j) is the chain's own. Between, log a is linear: a
+    VP process with piecewise constant beta, which all of this file accepts."""
     def __init__(self, n_steps=1000, beta_min=1e-4, beta_max=0.02):
         self.n_steps, self.t_min = n_steps, 1 / n_steps
         self.betas = torch.linspace(beta_min, beta_max, n_steps, dtype=torch.float64)
-        self.knots = F.pad(torch.log1p(-self.betas).cumsum(0) / 2, (1, 0))               # log a at k = 0..n_steps
+        self.knots = F.pad(torch.log1p(-self.betas).cumsum(0) / 2, (1, 0))  # log a, k = 0..n_steps
 
-    def step(self, t):
-        """The chain's step k: (B,) in 1..n_steps that ends at or after t: (B,)."""
+    def step(self, t):                                            # the k that ends at or after t
         return (t * self.n_steps - 1e-4).ceil().long().clamp(1, self.n_steps)
+
+    def beta(self, t):
+        return -self.n_steps * torch.log1p(-self.betas.to(t))[self.step(t) - 1]
 
     def log_a(self, t):
         k, knots = self.step(t), self.knots.to(t)
         return knots[k] + (knots[k] - knots[k - 1]) * (t * self.n_steps - k)
 
-    def beta(self, t):
-        return -self.n_steps * torch.log1p(-self.betas.to(t))[self.step(t) - 1]
-
     def time(self, sigma):
-        """The t: (B,) at which s/a equals sigma: (B,); log a = -log(1 + sigma^2)/2 is linear between the knots."""
         log_a, knots = -torch.log1p(sigma ** 2) / 2, self.knots.to(sigma)
         k = torch.searchsorted(-knots, -log_a).clamp(1, self.n_steps)
         return (k - (log_a - knots[k]) / (knots[k - 1] - knots[k])) / self.n_steps
 
+SCHEDULES = dict(ve=VE, vp=VP, ddpm=DDPM)
 
-def normal_log_prob(x, std):
-    """log N(x; 0, std^2 I) summed over all axes but the first: (B, ...) -> (B,) in nats."""
-    x = wide(x).flatten(1)
-    return -0.5 * (x / std).square().sum(1) - x.shape[1] * math.log(std * math.sqrt(2 * math.pi))
-
-
-def wide(x):
-    """x in float64; on the CPU if its device has no float64 (Apple's mps)."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
-
-
-# =====================================================================================================================
-# 2. The network: a small U-Net, and the score made from it
-# =====================================================================================================================
-
+# ==== 2. The network: a small U-Net, and the score made from it ===================================
 class Block(nn.Module):
-    """Residual block: two 3x3 convolutions; the time embedding scales and shifts the second one's input."""
-
-    def __init__(self, c_in, c_out, c_emb):
+    """Residual block: two 3x3 convolutions; the noise level scales and shifts between them."""
+    def __init__(self, c, c_emb):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.film = nn.Linear(c_emb, 2 * c_out)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)             # every block starts as its skip path
-
-    def forward(self, x, emb):                                                         # x: (B, c_in, h, w), emb: (B, c_emb)
+        self.norm1, self.norm2 = nn.GroupNorm(1, c), nn.GroupNorm(1, c)     # more groups: slower
+        self.conv1 = nn.Conv2d(c, c, 3, padding=1)
+        self.conv2 = nn.Conv2d(c, c, 3, padding=1, bias=False)
+        self.film = nn.Linear(c_emb, 2 * c)
+        nn.init.zeros_(self.conv2.weight)                         # it starts as the identity
+    def forward(self, x, emb):                                    # (B, c, h, w), (B, c_emb)
         h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.film(emb)[:, :, None, None].chunk(2, dim=1)                # each (B, c_out, 1, 1)
-        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
-        return self.skip(x) + h
-
-
-class Attention(nn.Module):
-    """Self-attention over the h*w positions of the coarsest level."""
-
-    def __init__(self, c, heads=4):
-        super().__init__()
-        self.heads, self.norm, self.qkv, self.out = heads, nn.GroupNorm(8, c), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
-        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
-
-    def forward(self, x):
-        b, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(3, 4).unbind(1)
-        y = F.scaled_dot_product_attention(q, k, v)                                    # (B, heads, h*w, c/heads)
-        return x + self.out(y.transpose(2, 3).reshape(b, c, h, w))
-
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, dim=1)     # each (B, c, 1, 1)
+        return x + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
 class UNet(nn.Module):
-    """Time-conditioned U-Net, (B, C, H, W), (B,) -> (B, C, H, W).
-
-    The second argument is log(sigma)/4, about -1 to 1: all the network knows of t. channels: one width per level, multiples of 8.
-    patch folds patch x patch pixels into channels first, so that no convolution runs at full resolution: for 28x28 digits
-    patch=2 costs a quarter of the arithmetic. H and W must divide by patch * 2^(levels - 1).
-    """
-
-    def __init__(self, image_channels=1, channels=(64, 128), blocks=1, patch=2, attention=True):
+    """U-Net: images (B, C, H, W), log(sigma)/4 (B,), all it knows of t -> (B, C, H, W). channels: a
+    width per level; blocks: how many a level, one number or one per level; patch x patch pixels are
+    folded into channels first (2: a quarter of the cost); data_std: of the pixels, for make_score.
+    H and W must divide by patch * 2^(levels - 1)."""
+    def __init__(self, image_channels=1, channels=(32, 64), blocks=1, patch=2, data_std=0.5):
         super().__init__()
-        self.config = dict(image_channels=image_channels, channels=list(channels), blocks=blocks, patch=patch, attention=attention)
-        c_emb, self.patch = 4 * channels[0], patch
-        self.register_buffer("freqs", torch.linspace(0, math.log(30), 16).exp())       # up to 30: tells levels 1/30 apart
-        self.embed = nn.Sequential(nn.Linear(32, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb), nn.SiLU())
-        self.inp = nn.Conv2d(image_channels * patch ** 2, channels[0], 3, padding=1)
-        self.down, self.up, widths, c = nn.ModuleList(), nn.ModuleList(), [], channels[0]
-        for level, width in enumerate(channels):
-            if level > 0:
-                self.down.append(nn.Conv2d(c, width, 3, stride=2, padding=1)); c = width
-            for _ in range(blocks):
-                self.down.append(Block(c, width, c_emb)); c = width
-                widths.append(c)
-        self.mid = nn.ModuleList([Block(c, c, c_emb), Attention(c) if attention else nn.Identity(), Block(c, c, c_emb)])
-        for level, width in reversed(list(enumerate(channels))):
-            for _ in range(blocks):
-                self.up.append(Block(c + widths.pop(), width, c_emb)); c = width
-            if level > 0:
-                self.up.append(nn.Conv2d(c, channels[level - 1], 3, padding=1)); c = channels[level - 1]
-        self.norm, self.out = nn.GroupNorm(8, c), nn.Conv2d(c, image_channels * patch ** 2, 3, padding=1)
-        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
+        blocks = [blocks] * len(channels) if isinstance(blocks, int) else list(blocks)
+        self.config = dict(image_channels=image_channels, channels=list(channels), blocks=blocks,
+                           patch=patch, data_std=data_std)
+        self.patch, self.data_std, c_emb = patch, data_std, 4 * channels[0]
+        pixels, pairs = image_channels * patch ** 2, list(zip(channels, channels[1:]))
+        row = lambda c, n: nn.ModuleList([Block(c, c_emb) for _ in range(n)])
+        self.register_buffer("freqs", torch.linspace(0, math.log(30), 16).exp())
+        self.embed = nn.Sequential(nn.Linear(32, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.first = nn.Conv2d(pixels, channels[0], 3, padding=1)
+        self.down = nn.ModuleList([row(c, n) for c, n in zip(channels, blocks)])
+        self.shrink = nn.ModuleList([nn.Conv2d(c, d, 3, stride=2, padding=1) for c, d in pairs])
+        self.middle = row(channels[-1], 2)
+        self.grow = nn.ModuleList([nn.Conv2d(d, c, 3, padding=1) for c, d in pairs])
+        self.up = nn.ModuleList([row(c, n) for c, n in zip(channels, blocks)])
+        self.norm = nn.GroupNorm(math.gcd(8, channels[0]), channels[0])
+        self.last = nn.Conv2d(channels[0], pixels, 3, padding=1, bias=False)
+        nn.init.zeros_(self.last.weight)
         self.to(memory_format=torch.channels_last)
-
-    def forward(self, x, level):                               # x: (B, C, H, W), level: (B,) is log(sigma) / 4
-        angles = level[:, None] * self.freqs                   # (B, 16)
-        emb = self.embed(torch.cat([angles.sin(), angles.cos()], dim=1))
-        with torch.autocast(x.device.type, enabled=False):     # bfloat16 rounds a pixel near 1 by 1/256: as much as the faintest noise
-            h = self.inp(F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last))
+    def forward(self, x, level):                                  # (B, C, H, W), (B,)
+        angles = level[:, None] * self.freqs                      # (B, 16)
+        emb = F.silu(self.embed(torch.cat([angles.sin(), angles.cos()], dim=1)))  # (B, c_emb)
+        with torch.autocast(x.device.type, enabled=False):        # bfloat16 rounds a pixel near 1
+            h = F.pixel_unshuffle(x, self.patch)                  # by as much as the faintest noise
+            h = self.first(h.contiguous(memory_format=torch.channels_last))
         skips = []
-        for layer in self.down:
-            h = layer(h, emb) if isinstance(layer, Block) else layer(h)
-            if isinstance(layer, Block):
+        for i, blocks in enumerate(self.down):
+            h = self.shrink[i - 1](h) if i > 0 else h             # half the side
+            for block in blocks:
+                h = block(h, emb)
                 skips.append(h)
-        h = self.mid[2](self.mid[1](self.mid[0](h, emb)), emb)
-        for layer in self.up:
-            if isinstance(layer, Block):
-                h = layer(torch.cat([h, skips.pop()], dim=1), emb)
-            else:
-                h = layer(F.interpolate(h, scale_factor=2, mode="nearest"))
-        return F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.patch)
+        for block in self.middle:
+            h = block(h, emb)
+        for i in reversed(range(len(self.up))):
+            for block in self.up[i]:
+                h = block(h + skips.pop(), emb)
+            h = self.grow[i - 1](F.interpolate(h, scale_factor=2)) if i > 0 else h
+        return F.pixel_shuffle(self.last(F.silu(self.norm(h))), self.patch)
 
-
-def make_score(model, sde, data_std=0.5, precision="float32"):
+def make_score(model, sde, data_std=None, precision="float32"):
     """The function score(x, t) = -e/s of a network F = model(input, log(sigma)/4).
-
-    Preconditioning (Karras et al. 2022, their Table 1): with y = x/a = x0 + sigma z and total^2 = sigma^2 + data_std^2,
+    y = x/a = x0 + sigma z has the standard deviation total = sqrt(sigma^2 + data_std^2), and
         denoised = (data_std/total)^2 y + (sigma data_std/total) F(y/total, log(sigma)/4)
-    so that F has unit-variance inputs and targets at every noise level and need not learn e ~ y/sigma at high noise. Solved for
-    e = (y - denoised)/sigma this is the last line. data_std: standard deviation of the data, about 0.5 for images in [-1, 1]; the
-    same in training and use. precision: 'float32' or 'bfloat16' for F.
-    """
+    gives F inputs and targets of unit variance at every noise level (Karras et al. 2022, Table 1).
+    The last line is e = (y - denoised)/sigma. data_std: as in training (None: the model's, 0.5)."""
+    std = getattr(model, "data_std", 0.5) if data_std is None else data_std
+    need(precision in ("float32", "bfloat16"), f"precision is float32 or bfloat16, not {precision}")
+    need(0 < std < math.inf, f"data_std must be positive, not {std}")
     def score(x, t):
-        a, s = (expand(v, x) for v in sde.marginal(t))
+        a, s = (per_sample(v, x) for v in sde.marginal(t))
         sigma = s / a
-        total = (sigma ** 2 + data_std ** 2).sqrt()                                    # the standard deviation of y
+        total = (sigma ** 2 + std ** 2).sqrt()
+        dtype = next(model.parameters(), x).dtype if isinstance(model, nn.Module) else x.dtype
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            f = model(x / a / total, sigma.flatten().log() / 4).float()
-        return -(sigma * x / a / total ** 2 - data_std / total * f) / s
+            f = model((x / a / total).to(dtype), (sigma.flatten().log() / 4).to(dtype)).to(x.dtype)
+        return -(sigma * x / a / total ** 2 - std / total * f) / s
     return score
 
-
-# =====================================================================================================================
-# 3. Losses.  Eq. 5, 8, 12 (keep), Eq. 9, 13 (orthogonal), Eq. 10, 14 (obtuse), Eq. 11 (their sum)
+# ==== 3. Losses.  Eq. 5, 8, 12 (keep), 9, 13 (orthogonal), 10, 14 (obtuse), 11 (their sum) ========
+#                         formula             the e that minimises Eq. 11  what that does
+#    score matching       |e - z|^2 / D       e_g (alone)                  predicts noise on D_g
+#    SGU-Orthogonal       (e.z / D)^2         (I + R C/D)^-1 e_g           shrinks e: leaves noise
+#    SGU-Obtuse           e.z / D             e_g - (R/2) e_f              flees e_f without bound
+#    SGU-Relative, ours   e.(z - e_ref) / D   e_g - (R/2) (e_f - e_ref)    guides away from D_f
+# R = (1 - alpha) w_f q_f(t) p_f(x_t) / (alpha w_g q_g(t) p_g(x_t)) says how far forgetting prevails
+# at (x_t, t): w are the weights of the two losses, q the densities from which they draw t; and
+# C = E[z z^T | x_t] under p_f. Notebook 8 derives all this, toy_gmm.py has it in numbers.
+# Signs: score.u = e.z/s^2, so descending e.z turns the score away from where D_f lies. The network
+# sees x_t, not z, and cannot be at right angles to every z behind x_t: only small e make (e.z)^2
+# small. Without the keep loss Obtuse and Relative, which are linear in e, have no minimum.
 #
-#                          noise units, mean over D pixels      the e(x_t) that minimises Eq. 11 (derived in notebook 8)
-#     score matching       mean_i (e_i - z_i)^2                 e_g                          (alone)
-#     SGU-Orthogonal       (e.z / D)^2, an INNER product        (I + R C/D)^-1 e_g           shrinks e: bounded, leaves noise
-#     SGU-Obtuse           e.z / D                              e_g - (R/2) e_f              flees from e_f: unbounded as p_f/p_g grows
-#     SGU-Relative, ours   e.(z - e_ref) / D                    e_g - (R/2) (e_f - e_ref)    guided away from D_f: bounded
-#
-# with R = (1 - alpha) p_f(x_t) / (alpha p_g(x_t)), times the forget weight over the keep weight, and C = E[z z^T | x_t] under p_f.
-#
-# Signs: score = -e/s and u = -z/s, so score.u = e.z/s^2. Obtuse MINIMISES e.z: it turns the score away from the forgotten data.
-# Weights (weighting=):
-#     'noise'   weight 1 on the formulas above: the default here, because no noise level can drown the others. train() has its own
-#     'paper'   the paper's lambda(t). Continuous: s^2 times the formula in score units, hence 1 for Eq. 5, 8, 10 and 1/s^2 for Eq. 9.
-#               DDPM: the variational weight beta_k / (2 (1 - beta_k)(1 - abar_k)), Eq. 12 with sigma_k^2 = beta_k, on the formulas above
-#     a function of t: (B,) -> weight (B,): anything else
-# =====================================================================================================================
+# The weight w(t) of a loss (weighting=):
+#    'noise'      1, on the formulas above: no noise level drowns the others
+#    'paper'      lambda(t) = s^2 on formulas in score units: 1 on these, and 1/s^2 for Eq. 9, whose
+#                 product is squared. For a DDPM the variational weight of Eq. 12, beta_k /
+#                 (2 (1 - beta_k) (1 - abar_k)) with abar_k = a^2, sigma_k^2 = beta_k, on every loss
+#    a function   of t: (B,) -> (B,). balanced_weight is (total/data_std)^(2 power), as F enters e
+#                 with the factor data_std/total (make_score): gradients of F are then equally large
+#                 at every noise level. e - z and z - e_ref shrink by that factor too: power 1 for
+#                 their losses; e.z does not, squared or not: power 1/2
 
 def predict_noise(score, sde, x0, t, z, generator):
-    """Noise x0 and let score say what the noise was. Returns t: (B,), e and z: (B, D); draws t ~ U[t_min, 1] and z if None."""
+    """Noise x0: (B, ...) and let score say what the noise was -> t: (B,), e and z: (B, D).
+    t ~ U[t_min, 1] (for a DDPM among its own times) and z ~ N(0, I) are drawn where None."""
     if t is None:
         t = torch.rand(len(x0), generator=generator, device=x0.device)
         t = sde.step(t) / sde.n_steps if isinstance(sde, DDPM) else sde.t_min + (1 - sde.t_min) * t
-    if z is None:
-        z = torch.randn(x0.shape, generator=generator, device=x0.device)
-    a, s = (expand(v, x0) for v in sde.marginal(t))
+    z = torch.randn(x0.shape, generator=generator, device=x0.device) if z is None else z
+    a, s = (per_sample(v, x0) for v in sde.marginal(t))
     e = -s * score(a * x0 + s * z, t)
     return t, e.flatten(1), z.flatten(1)
 
-
 def loss_weight(sde, t, weighting, power=0):
-    """The weight (B,) of the table above; power is the power of 1/s that lambda(t) leaves on the loss ('paper', continuous)."""
+    """The weight (B,) of the table above; power: 'paper' is s^-power, but for a DDPM."""
     if callable(weighting):
         return weighting(t)
-    if weighting == "noise":
-        return torch.ones_like(t)
-    if weighting != "paper":
-        raise ValueError(f"weighting must be 'noise', 'paper' or a function of t, not {weighting!r}")
-    if isinstance(sde, DDPM):
+    need(weighting in ("noise", "paper"), f"weighting: noise, paper or a function, not {weighting}")
+    s = sde.marginal(t)[1]
+    if weighting == "paper" and isinstance(sde, DDPM):
         beta = sde.betas.to(t)[sde.step(t) - 1]
-        return beta / (2 * (1 - beta) * sde.marginal(t)[1] ** 2)
-    return sde.marginal(t)[1] ** -power
+        return beta / (2 * (1 - beta) * s ** 2)
+    return s ** -power if weighting == "paper" else torch.ones_like(t)
 
+def balanced_weight(sde, data_std=0.5, power=1.0):                # a function of t: (B,) -> (B,)
+    return lambda t: (1 + (sde.sigma(t) / data_std) ** 2) ** power
 
 def score_matching_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
-    """Eq. 5, 8 and 12: mean_i (e_i - z_i)^2, averaged over the batch. x0: (B, ...) -> scalar >= 0, per pixel."""
+    """Eq. 5, 8, 12: |e - z|^2 / D, averaged over the batch. x0: (B, ...) -> scalar >= 0."""
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
     return (loss_weight(sde, t, weighting) * (e - z).square().mean(1)).mean()
 
-
 def orthogonal_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
-    """Eq. 9 and 13: (e.z / D)^2, a squared inner product, averaged over the batch. x0: (B, ...) from D_f -> scalar >= 0.
-
-    The square is outside the sum over pixels, so it costs nothing to keep what is perpendicular to z. Written elementwise,
-    mean_i (e_i z_i)^2, it would shrink every pixel by itself.
-    """
+    """Eq. 9, 13: (e.z / D)^2, averaged over the batch. x0: (B, ...) from D_f -> scalar >= 0.
+    What is perpendicular to z costs nothing; of mean_i (e_i z_i)^2, pixel by pixel, all would."""
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
     return (loss_weight(sde, t, weighting, power=2) * (e * z).mean(1).square()).mean()
 
-
 def obtuse_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
-    """Eq. 10 and 14: e.z / D = s^2 score.u / D, averaged over the batch. x0: (B, ...) from D_f -> scalar of either sign.
-
-    Descending it makes the angle between score and u obtuse. It has no lower bound: the keep loss and few steps hold it.
-    """
+    """Eq. 10, 14: e.z / D = s^2 score.u / D, the batch's mean. x0: (B, ...) of D_f -> scalar.
+    It makes the angle of score and u obtuse, without bound: the keep loss and few steps hold it."""
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
     return (loss_weight(sde, t, weighting) * (e * z).mean(1)).mean()
 
-
 def relative_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None, *, reference):
-    """Ours: obtuse relative to a frozen score, e.(z - e_ref) / D. x0: (B, ...) from D_f -> scalar of either sign.
-
-    reference: Standard's score(x, t). In the mean over z descending it moves e by -(e_f - e_ref): not at all where D_f and D call for
-    the same noise. It is half of NegGrad, made linear at the reference, and bounded because e_ref comes close to e_f wherever p_f dominates.
-    Its optimum with the keep loss, e_g - (R/2)(e_f - e_ref), is classifier guidance without a classifier:
-    score = score_g + w grad log P(g | x_t), w = (1 - alpha)/(2 alpha) |D_g|/|D_f|, for equal keep and forget weights (notebook 8).
-    """
+    """Ours: obtuse relative to a frozen score, e.(z - e_ref) / D. x0: (B, ...) of D_f -> scalar.
+    reference: Standard's score, and e_ref its e. On average descending moves e by e_ref - e_f: not
+    at all where D_f and D call for the same noise, nor where p_f prevails: e_ref is near e_f. With
+    the keep loss its optimum is therefore bounded, and guided away from D_f, by no classifier,
+        score_g + w grad log P(g | x_t),   w = (1 - alpha) w_f q_f |D_g| / (2 alpha w_g q_g |D_f|)
+    with P(g | x_t) the probability that x_t came from D_g (cf. ESD, Gandikota et al. 2023)."""
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
     with torch.no_grad():
         e_ref = predict_noise(reference, sde, x0, t, z.view_as(x0), generator)[1]
     return (loss_weight(sde, t, weighting) * (e * (z - e_ref)).mean(1)).mean()
 
+def sgu_loss(keep_loss, forget_loss, alpha):                      # Eq. 11, of two loss values
+    return alpha * keep_loss + (1 - alpha) * forget_loss
 
-def neggrad_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
-    """Rival NegGrad+ (Kurmanji et al. 2023; the paper's Eq. 7 taken literally): minus the keep loss on D_f, without lower bound.
-
-    x0: (B, ...) from D_f -> scalar <= 0.
-    """
-    return -score_matching_loss(score, sde, x0, t, z, weighting, generator)
-
-
-def erasediff_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None, centre=0.5):
-    """Rival EraseDiff (Wu et al. 2024): aim e on D_f at uniform noise of mean centre, 0.5 as published.
-
-    x0: (B, ...) from D_f -> scalar >= 0. Alone its optimum is the constant e = centre, a uniform push (for centre = 0 none at all, as for the
-    elementwise 'orthogonal'); with the keep loss it is (e_g + R centre)/(1 + R).
-    """
-    t, e, z = predict_noise(score, sde, x0, t, z, generator)
-    aim = torch.rand(e.shape, generator=generator, device=e.device) - 0.5 + centre
-    return (loss_weight(sde, t, weighting) * (e - aim).square().mean(1)).mean()
-
-
-erasediff_zero_loss = functools.partial(erasediff_loss, centre=0.0)
-
-
-def sgu_loss(score, sde, x_g, x_f, alpha, forget_loss=orthogonal_loss, weighting="noise", generator=None):
-    """Eq. 11: alpha keep(x_g) + (1 - alpha) forget(x_f). x_g: (B, ...) from D_g, x_f: (B', ...) from D_f -> scalar."""
-    return (alpha * score_matching_loss(score, sde, x_g, weighting=weighting, generator=generator)
-            + (1 - alpha) * forget_loss(score, sde, x_f, weighting=weighting, generator=generator))
-
-
-# =====================================================================================================================
-# 4. Samplers.  Eq. 4, from t = 1 down:  dx = [f(x, t) - g(t)^2 score(x, t)] dt + g(t) dw
-#
-# All but the DDPM's chain share one grid of times, evenly spaced in sigma^(1/7) (Karras et al. 2022): steps in sigma shrink with sigma,
-# steps in log sigma (VE's t) grow towards data.
-# The grid and its coefficients are float64 numbers on the CPU; images stay float32 on their device. All end with one step to
-# the mean E[x0 | x_t] = (x + s^2 score)/a, which removes the last, invisible noise.
-# =====================================================================================================================
+# ==== 4. Samplers.  Eq. 4, from t = 1 down:  dx = [f(x, t) - g(t)^2 score(x, t)] dt + g(t) dw =====
+# A sampler steps from t down to t_next along a grid of times, and at its end takes the mean image
+# E[x0 | x_t], which removes the last, invisible noise. Times are float64, on the CPU.
 
 def time_grid(sde, steps, t_max=1.0, rho=7):
-    """steps + 1 times from t_max down to sde.t_min, float64 on the CPU. rho = 7: Karras et al. 2022."""
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
+    """steps + 1 times from t_max to t_min, even in sigma^(1/rho): short steps where sigma is small
+    (Karras et al. 2022)."""
+    need(steps >= 1, f"steps must be at least 1, not {steps}")
     ends = torch.tensor([t_max, sde.t_min], dtype=torch.float64)
-    a, s = sde.marginal(ends)
-    first, last = (s / a) ** (1 / rho)
-    t = sde.time(torch.linspace(0, 1, steps + 1, dtype=torch.float64).mul(last - first).add(first) ** rho)
-    t[0], t[-1] = ends
+    first, last = sde.sigma(ends) ** (1 / rho)
+    need(0 < float(last) < float(first) < 1e3, "sigma must grow with t, from above 0 to a number")
+    even = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    t = sde.time((first + (last - first) * even) ** rho)
+    t[0], t[-1] = ends                                            # without rounding
     return t
 
-
-def score_at(score, x, t):
-    """score at one time t (a float or 0-d tensor) for the whole batch x: (B, ...)."""
+def score_at(score, x, t):                                        # at one t for the whole batch x
     return score(x, torch.full((len(x),), float(t), dtype=x.dtype, device=x.device))
 
-
-def noise_like(x, generator):
+def noise_like(x, generator):                                     # z ~ N(0, I) of the shape of x
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-
 
 def denoise(score, sde, x, t):
     """E[x0 | x_t] = (x + s^2 score)/a (Tweedie): the mean image behind x: (B, ...) at time t."""
-    a, s = map(float, sde.marginal(torch.as_tensor(t, dtype=torch.float64)))
+    a, s = sde.at(t)
     return (x + s ** 2 * score_at(score, x, t)) / a
 
-
-def reverse_step(score, sde, x, t, t_next, generator):
-    """One Euler-Maruyama step of Eq. 4 from t down to t_next."""
-    dt, g, tb = float(t - t_next), float(sde.diffusion(t)), t.reshape(1).to(x)
-    return x - (sde.drift(x, tb) - g ** 2 * score_at(score, x, t)) * dt + g * math.sqrt(dt) * noise_like(x, generator)
-
-
-def ancestral_step(score, sde, x, t, t_next, generator):
-    """One step from t down to t_next, drawn from q(x_{t_next} | x_t, x_0), with the mean image behind x for x_0 (Ho et al. 2020, their Eq. 7).
-
-    y = x/a goes to m + r^2 (y - m) + sigma_next sqrt(1 - r^2) z, with m the mean image and r = sigma_next/sigma. If m is the image, the noise
-    left is what t_next calls for, however long the step (what x_0 may still differ from m is left out). Euler-Maruyama's, whose score lags
-    behind, settles at 1/r (VE) to 1/r^2 (VP, faint noise) times that variance.
-    """
-    (a, a_next), (s, s_next) = (v.tolist() for v in sde.marginal(torch.stack([t, t_next])))
-    mean, r2 = denoise(score, sde, x, t), (s_next / a_next * a / s) ** 2
-    return a_next * (mean + r2 * (x / a - mean)) + s_next * math.sqrt(1 - r2) * noise_like(x, generator)
-
+def reverse_step(score, sde, x, t, t_next, generator):            # Euler-Maruyama for Eq. 4
+    dt, g = float(t - t_next), float(sde.diffusion(t))
+    drift = sde.drift(x, t.reshape(1).to(x)) - g ** 2 * score_at(score, x, t)
+    return x - drift * dt + g * math.sqrt(dt) * noise_like(x, generator)
 
 def langevin_step(score, sde, x, t, snr, generator):
-    """One corrector step, x + eps score + sqrt(2 eps) z with eps = 2 (snr s(t))^2: leaves p_t as it is, up to O(eps).
-
-    The popular step 2 (snr |z|/|score|)^2 divides by a norm that unlearning can bring to 0 and that ties the batch together.
-    Where the noise can be told from the image (e close to z), |z|/|score| is s(t), and s(t) is what we use.
-    """
-    eps = 2 * (snr * float(sde.marginal(t)[1])) ** 2
+    """One corrector step, which leaves p_t as it is."""
+    eps = 2 * (snr * sde.at(t)[1]) ** 2       # not 2 (snr |z|/|score|)^2: unlearned scores reach 0
     return x + eps * score_at(score, x, t) + math.sqrt(2 * eps) * noise_like(x, generator)
 
+def move(mean, sde, x, t, t_next, generator, noisy=True):
+    """x: (B, ...) from t to t_next if mean is the image behind it. noisy: a draw from q(x_next |
+    x_t, x_0 = mean) (Ho et al. 2020, Eq. 7); else straight, by the probability flow (section 5)."""
+    (a, s), (a_next, s_next) = sde.at(t), sde.at(t_next)
+    r = s_next / a_next * a / s                                   # sigma_next/sigma
+    if not noisy:
+        return a_next * (mean + r * (x / a - mean))
+    z = noise_like(x, generator)
+    return a_next * (mean + r ** 2 * (x / a - mean)) + s_next * math.sqrt(1 - r ** 2) * z
+
+def ancestral_step(score, sde, x, t, t_next, generator):
+    """One step of DDPM's own sampler, for every schedule. After a step of any length x has the
+    noise of t_next; Euler-Maruyama leaves up to (sigma/sigma_next)^2 times its variance."""
+    return move(denoise(score, sde, x, t), sde, x, t, t_next, generator)
+
+def multistep(noisy):
+    """A new step for one walk: it extrapolates the mean image from its last two to half way, h/2
+    further in log sigma. Second order at the same price (DPM-Solver++(2M), Lu et al. 2022)."""
+    last = {}
+    def step(score, sde, x, t, t_next, generator):
+        mean, h = denoise(score, sde, x, t), float((sde.sigma(t) / sde.sigma(t_next)).log())
+        ahead = mean + h / 2 * (mean - last["mean"]) / last["h"] if last else mean
+        last.update(mean=mean, h=h)
+        return move(ahead, sde, x, t, t_next, generator, noisy)
+    return step
 
 @torch.no_grad()
-def euler_maruyama(score, sde, shape, steps=200, generator=None, device=None):
-    """Samples of Eq. 4 by Euler-Maruyama. shape: (B, ...) -> x: (B, ...), for images near [-1, 1]; steps + 1 network
-    evaluations. Below about 20 steps those around sigma = 2 overshoot; ode_sample needs fewer."""
-    x = sde.prior_sample(shape, generator, device)
-    grid = time_grid(sde, steps)
+def walk(step, score, sde, x, grid, generator):
+    """Take step along the times of grid, from x: (B, ...) at grid[0] to the last mean image."""
     for t, t_next in zip(grid, grid[1:]):
-        x = reverse_step(score, sde, x, t, t_next, generator)
+        x = step(score, sde, x, t, t_next, generator)
     return denoise(score, sde, x, grid[-1])
 
-
-@torch.no_grad()
-def predictor_corrector(score, sde, shape, steps=100, snr=0.16, corrector_steps=1, generator=None, device=None):
-    """Euler-Maruyama, each step followed by Langevin corrections (Song et al. 2021, whose snr is 0.16). steps*(1 + corrector_steps) + 1 evaluations."""
+def euler_maruyama(score, sde, shape, steps=120, generator=None, device=None):
+    """Samples of Eq. 4. shape: (B, ...) -> x: (B, ...), images near [-1, 1]; steps + 1 evaluations
+    of the score. Below about 20 steps those around sigma = 2 overshoot."""
     x = sde.prior_sample(shape, generator, device)
-    grid = time_grid(sde, steps)
-    for t, t_next in zip(grid, grid[1:]):
+    return walk(reverse_step, score, sde, x, time_grid(sde, steps), generator)
+
+def predictor_corrector(score, sde, shape, steps=100, snr=0.16, corrector_steps=1, generator=None,
+                        device=None):
+    """Euler-Maruyama, each step followed by Langevin's at its end (Song et al. 2021)."""
+    def step(score, sde, x, t, t_next, generator):
         x = reverse_step(score, sde, x, t, t_next, generator)
         for _ in range(corrector_steps):
             x = langevin_step(score, sde, x, t_next, snr, generator)
-    return denoise(score, sde, x, grid[-1])
-
-
-@torch.no_grad()
-def ode_sample(score, sde, shape, steps=25, generator=None, device=None):
-    """Samples of the probability flow dx/dt = f - g^2 score / 2, by Heun's method. 2*steps + 1 network evaluations.
-
-    Substituting y = x/a and sigma = s/a turns this equation into dy/dsigma = e = -s score for all three schedules: the 1/2 goes
-    into d(sigma^2) = (g/a)^2 dt. In y and sigma paths are nearly straight, so few steps do (Karras et al. 2022).
-    """
-    grid = time_grid(sde, steps)
-    a, s = sde.marginal(grid)
-    y, sigma = sde.prior_sample(shape, generator, device) / float(a[0]), s / a
-    e_at = lambda y, i: -float(s[i]) * score_at(score, float(a[i]) * y, grid[i])
-    for i in range(steps):
-        h, e = float(sigma[i + 1] - sigma[i]), e_at(y, i)
-        y = y + h / 2 * (e + e_at(y + h * e, i + 1))
-    return denoise(score, sde, float(a[-1]) * y, grid[-1])
-
-
-@torch.no_grad()
-def ancestral_sample(score, sde, shape, steps=None, generator=None, device=None):
-    """Samples by ancestral_step, x: shape: DDPM's own sampler, and for VE and VP a better one than Euler-Maruyama where steps are few.
-
-    steps: for a DDPM a part of its chain, evenly spread, or all of it (None), steps evaluations; else 100 or as many as given, and one to end.
-    Of the two variances of Ho et al. this is the posterior's; the other, beta, leaves noise where steps of the chain are skipped.
-    """
-    if chain := isinstance(sde, DDPM):
-        n = sde.n_steps
-        if not 1 <= (steps := n if steps is None else steps) <= n:
-            raise ValueError(f"ancestral steps must be in 1..{n}, not {steps}")
-        grid = torch.linspace(n, 0, steps + 1, dtype=torch.float64).round() / n
-    else:
-        grid = time_grid(sde, 100 if steps is None else steps)
+        return x
     x = sde.prior_sample(shape, generator, device)
-    for t, t_next in zip(grid, grid[1:]):
-        x = ancestral_step(score, sde, x, t, t_next, generator)
-    return x if chain else denoise(score, sde, x, grid[-1])                            # the chain's last step, to s = 0, ends at the mean
+    return walk(step, score, sde, x, time_grid(sde, steps), generator)
 
+def ancestral_sample(score, sde, shape, steps=None, generator=None, device=None):
+    """Samples by ancestral_step. A DDPM takes steps of its chain, evenly spread, or all (None); the
+    last, to s = 0, is the mean image. VE and VP take 100 steps, if None. Raises ValueError for more
+    steps than the chain has."""
+    n = getattr(sde, "n_steps", 100)
+    steps = n if steps is None else steps
+    grid = time_grid(sde, steps)
+    if isinstance(sde, DDPM):
+        need(steps <= n, f"ancestral steps must be in 1..{n}, not {steps}")
+        grid = torch.linspace(n, 0, steps + 1, dtype=torch.float64).round()[:-1] / n
+    x = sde.prior_sample(shape, generator, device)
+    return walk(ancestral_step, score, sde, x, grid, generator)
 
-# =====================================================================================================================
-# 5. Likelihood: the instantaneous change of variables along the probability flow dx/dt = f - g^2 score / 2
-#
-#     log p_0(x_0) = log p_1(x_1) + int div_x (dx/dt) dt
-#
-# Substituted like ode_sample, and once more: w = y/c with c = sqrt(1 + sigma^2) has unit scale at every noise level, and in
-# l = log sigma the flow is smooth:  dw/dl = sigma (e - sigma w/c)/c,  div_w (dw/dl) = sigma div_y e - D sigma^2/c^2.
-# Sixteen steps of the classical Runge-Kutta method then do what hundreds of Heun steps in t do.
-#
-# One evaluation costs one forward pass and one vector-Jacobian product: e gives the path, v.(de/dy v) with random signs v the
-# divergence (Hutchinson), or all D rows of the Jacobian give it exactly. The grid is fixed and the signs of an image are seeded
-# by the image itself, so that its likelihood does not depend on the batch it comes in.
-# =====================================================================================================================
+def multistep_sample(score, sde, shape, steps=20, generator=None, device=None, noisy=True):
+    """Samples by multistep; noisy=False: of the probability flow (section 5)."""
+    x = sde.prior_sample(shape, generator, device)
+    return walk(multistep(noisy), score, sde, x, time_grid(sde, steps), generator)
+
+def ode_sample(score, sde, shape, steps=18, generator=None, device=None):
+    """Samples of the probability flow (section 5): random is only where it starts."""
+    return multistep_sample(score, sde, shape, steps, generator, device, noisy=False)
+
+SAMPLERS = dict(em=euler_maruyama, pc=predictor_corrector, ancestral=ancestral_sample,
+                multistep=multistep_sample, ode=ode_sample)
+
+# ==== 5. Likelihood: log p_0(x_0) = log p_1(x_1) + int div_x (dx/dt) dt along the flow ============
+# The probability flow dx/dt = f - g^2 score / 2 carries p_0 to p_1 without noise. In y = x/a and
+# sigma it is dy/dsigma = e for all schedules; in w = y/c, c = sqrt(1 + sigma^2), of unit size, and
+# l = log sigma it is smooth: some 32 steps of Runge-Kutta do (more for an unlearned network).
+#     dw/dl = b (e - b w),   div_w (dw/dl) = sigma div_y e - D b^2,   b = sigma/c
+# div_y e is the mean of v.(de/dy v), a vector-Jacobian product, over random signs v (Hutchinson).
+# They are drawn once and seeded by the image, so that no likelihood depends on the batch.
 
 def own_generators(x, generator):
-    """One CPU generator per sample of x: (B, ...), seeded by the sample itself and one draw from generator."""
-    seed = int(torch.randint(2 ** 62, (1,), generator=generator, device=generator.device if generator else None))
-    return [torch.Generator().manual_seed(seed ^ zlib.crc32(xi.detach().cpu().float().numpy().tobytes())) for xi in x]
+    """One CPU generator per sample of x: (B, ...), seeded by it and by one draw from generator."""
+    device = generator.device if generator else None
+    seed = int(torch.randint(2 ** 62, (1,), generator=generator, device=device))
+    rows = x.detach().cpu().float().numpy()
+    return [torch.Generator().manual_seed(seed ^ zlib.crc32(row.tobytes())) for row in rows]
 
+def divergence(e, y, vectors, n):
+    """div_y e: (B,), float64, of e(y): (B, ...): v.(de/dy v), summed over vectors, divided by n."""
+    total = 0
+    for v in vectors:                                             # each (B, ...) or (1, ...)
+        product, = torch.autograd.grad((e * v).sum(), y, retain_graph=True)     # v (de/dy)
+        total = total + (product * v).flatten(1).sum(1).double() / n
+    return total
 
-def log_likelihood(score, sde, x, steps=16, probes=1, exact=False, generator=None):
-    """log p(x) under the probability flow of score. x: (B, ...) -> (B,) in nats, float64; 4*steps evaluations of network and gradient.
-
-    Strictly log p_t at t = sde.t_min, the density of the data with their least noise (VE: sigma 0.01, about one level of 256).
-    probes: random sign vectors per evaluation. exact: the divergence from D gradients, for few dimensions. Error of the grid:
-    with exact=True compare with twice the steps, it falls sixteenfold (Runge-Kutta of order four); probes add their own.
-    """
-    d, signs = x[0].numel(), own_generators(x, generator)
-    ends = torch.tensor([sde.t_min, 1.], dtype=torch.float64)
-    a, s = sde.marginal(ends)
-    lo, hi = (s / a).log()
-    log_sigma = torch.linspace(0, 1, 2 * steps + 1, dtype=torch.float64).mul(hi - lo).add(lo)    # knots and midpoints, data to noise
-    grid = sde.time(log_sigma.exp())
-    grid[0], grid[-1] = ends
-    a, s = sde.marginal(grid)
-    sigma, c, h = s / a, (1 + (s / a) ** 2).sqrt(), float(hi - lo) / steps
-
-    def flow(w, i):
-        """dw/dl and its divergence at knot i."""
-        with torch.enable_grad():
-            y = (float(c[i]) * w).detach().requires_grad_()
-            e = -float(s[i]) * score_at(score, float(a[i]) * y, grid[i])
-            if exact:
-                flat = e.flatten(1).unbind(1)                                          # D tensors (B,); row j of the Jacobian from flat[j]
-                div = wide(sum(torch.autograd.grad(ej.sum(), y, retain_graph=True)[0].flatten(1)[:, j] for j, ej in enumerate(flat)))
-            else:
-                div = 0
-                for k in range(probes):
-                    v = torch.stack([torch.randint(2, y.shape[1:], generator=g) for g in signs]).to(y) * 2 - 1
-                    vjp, = torch.autograd.grad((e * v).sum(), y, retain_graph=k + 1 < probes)    # v (de/dy), one backward pass for the batch
-                    div = div + wide((vjp * v).flatten(1).sum(1)) / probes
-        q = float(sigma[i] / c[i])
-        return q * (e.detach() - q * w), float(sigma[i]) * div - d * q ** 2
-
-    w, log_p = x.detach() / float(a[0] * c[0]), 0.0
+def integrate_flow(score, sde, x, steps, vectors, n):
+    """log p(x): (B,) in nats, by Runge-Kutta steps along the flow, evenly spaced in log sigma."""
+    d, ends = x[0].numel(), torch.tensor([sde.t_min, 1.0], dtype=torch.float64)
+    lo, hi = sde.sigma(ends).log().tolist()
+    grid = sde.time(torch.linspace(lo, hi, 2 * steps + 1, dtype=torch.float64).exp())
+    grid[0], grid[-1] = ends                                      # knots and, between, midpoints
+    def flow(w, i):                                               # dw/dl, its divergence at grid[i]
+        a, s = sde.at(grid[i])
+        sigma, c = s / a, math.hypot(1, s / a)
+        y, b = (c * w).detach().requires_grad_(), sigma / c
+        e = -s * score_at(score, a * y, grid[i])
+        need(e.requires_grad, "a likelihood needs a score that is differentiable in x")
+        return b * (e.detach() - b * w), sigma * divergence(e, y, vectors, n) - d * b ** 2
+    first, last = (math.hypot(*sde.at(t)) for t in ends)          # a c, hence x = a c w
+    w, log_p, h = x / first, 0.0, (hi - lo) / steps
     for i in range(0, 2 * steps, 2):
         k1, d1 = flow(w, i)
         k2, d2 = flow(w + h / 2 * k1, i + 1)
@@ -557,1381 +446,1054 @@ def log_likelihood(score, sde, x, steps=16, probes=1, exact=False, generator=Non
         k4, d4 = flow(w + h * k3, i + 2)
         w = w + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         log_p = log_p + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
-    return log_p + sde.prior_log_prob(float(a[-1] * c[-1]) * w) + d * float((a[-1] * c[-1] / (a[0] * c[0])).log())
+    return log_p + sde.prior_log_prob(last * w) + d * math.log(last / first)
 
+def log_likelihood(score, sde, x, steps=32, probes=1, exact=False, generator=None, error=False):
+    """log p(x) of x: (B, ...), strictly log p_t at t = sde.t_min (VE: about one level of 256) ->
+    (B,) in nats, float64. 4 * steps evaluations of score and gradient. probes: signs per image,
+    whose spread is part of every single value; exact: D unit vectors instead. error: -> (log p, the
+    estimated error of the integration, not of signs and prior). Raises ValueError for NaN in x."""
+    need(steps >= 1 and probes >= 1, f"steps and probes start at 1; got {steps} and {probes}")
+    need(x.isfinite().all(), "a likelihood needs finite images; these contain NaN or infinity")
+    with torch.inference_mode(False), torch.enable_grad():
+        x, draws = x.detach().clone(), own_generators(x, generator)
+        signs = [torch.randint(2, (probes, *x.shape[1:]), generator=g) for g in draws]
+        vectors, n = (2 * torch.stack(signs, dim=1) - 1).to(x), probes      # (probes, B, ...)
+        if exact:
+            vectors, n = torch.eye(x[0].numel()).to(x).view(-1, 1, *x.shape[1:]), 1
+        log_p = integrate_flow(score, sde, x, steps, vectors, n)
+        half = integrate_flow(score, sde, x, -(-steps // 2), vectors, n) if error else None
+    return (log_p, flow_error(log_p, half)) if error else log_p
 
-def levels_of(x):
-    """The 8-bit levels 0..255 of images x: (...) in [-1, 1], uint8."""
-    if float(x.min()) < -1 or float(x.max()) > 1:
-        raise ValueError(f"a likelihood in bits/dim needs images in [-1, 1]; these span [{float(x.min()):.3g}, {float(x.max()):.3g}]")
-    return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
-
+def flow_error(fine, coarse):
+    """The error of fine, estimated from coarse, of half as many steps: it is 1/15 of the difference
+    where steps are short, and half of it or more where they are too long. An eighth is between."""
+    return (fine - coarse).abs() / 8
 
 def to_levels(x):
-    """Generated images, clamped to [-1, 1] -> uint8 on the CPU. Raises FloatingPointError for NaN, which would pass for black."""
-    if x.isnan().any():
-        raise FloatingPointError("the images are not numbers (NaN): network or sampler has diverged; train with a lower --lr, or leave this method out")
-    return levels_of(x.clamp(-1, 1)).cpu()
+    """Images, clamped to [-1, 1] -> their 8-bit levels 0..255, uint8 on the CPU."""
+    need(not x.isnan().any(), "NaN images: train with a lower --lr", FloatingPointError)
+    return ((x.clamp(-1, 1) + 1) * 128).floor().clamp(max=255).to(torch.uint8).cpu()
 
-
-def from_levels(x):
-    """uint8 -> the middle of each level's cell in [-1, 1]."""
+def from_levels(x):                                               # uint8 -> the middle of the cell
     return (x + 0.5) / 128 - 1
-
-
-def bits_per_dim(score, sde, x, steps=16, probes=1, exact=False, generator=None):
-    """Negative log-likelihood of 8-bit images in bits/dim. x: (B, C, H, W) in [-1, 1] -> (B,).
-
-    Uniform dequantisation first: level k in 0..255 becomes y = 2 (k + u)/256 - 1 with u ~ U[0, 1). Divided by 128 per pixel, a
-    density over y becomes one over levels; hence -log2 p(y)/D + 7 (the paper's code leaves +8, right for data in [0, 1], in its tables).
-    Raises ValueError for images outside [-1, 1].
-    """
-    levels = levels_of(x)
-    jitter = torch.stack([torch.rand(x.shape[1:], generator=g) for g in own_generators(levels, generator)])
-    nats = log_likelihood(score, sde, (levels + jitter.to(x)) / 128 - 1, steps, probes, exact, generator)
-    return -nats / (x[0].numel() * math.log(2)) + 7
-
-
-@torch.no_grad()
-def variational_bound(score, sde, x, terms=100, generator=None):
-    """The bound on bits/dim of a chain sde: DDPM, -ELBO (Ho et al. 2020, Eq. 5). x: (B, C, H, W) in [-1, 1] -> (B,).
-    Of the whole chain, each step with variance beta_k; ancestral_sample draws with the posterior's, and may skip steps.
-
-        KL(q(x_N | x_0) || N(0, I)) + sum_{k=2}^{N} KL(q(x_{k-1} | x_k, x_0) || p(x_{k-1} | x_k)) - log P(levels | x_1)
-
-    The k-th KL is the variational weight of Eq. 12 times |e - z|^2, plus what p's variance beta_k costs against the posterior's.
-    terms: how many of the N - 1 middle terms are evaluated, evenly spread with a random offset (an unbiased estimate of the sum).
-    """
-    levels = levels_of(x)
-    x0, n, d = from_levels(levels), sde.n_steps, x[0].numel()
-    a, s = sde.marginal(torch.ones(1, dtype=torch.float64))
-    prior = 0.5 * (float(a) ** 2 * wide(x0).square().flatten(1).sum(1) + d * float(s ** 2 - 1 - (s ** 2).log()))
-    terms = min(terms, n - 1)
-    offset = float(torch.rand(1, generator=generator, device=x.device))
-    middle = 0
-    for k in (2 + (torch.arange(terms, dtype=torch.float64) + offset) * (n - 1) / terms).long().tolist():
-        t = torch.full((len(x),), k / n, device=x.device)
-        _, e, z = predict_noise(score, sde, x0, t, None, generator)
-        beta = float(sde.betas[k - 1])
-        s, s_before = sde.marginal(torch.tensor([k, k - 1], dtype=torch.float64) / n)[1].tolist()
-        ratio = (s_before / s) ** 2                                                     # posterior variance / beta_k
-        mean = beta / (2 * (1 - beta) * s ** 2) * wide((e - z).square().sum(1))
-        middle = middle + (mean + d / 2 * (-math.log(ratio) - 1 + ratio)) * (n - 1) / terms
-    t, beta = torch.full((len(x),), 1 / n, device=x.device), float(sde.betas[0])
-    a, s = map(float, sde.marginal(torch.tensor([1 / n], dtype=torch.float64)))
-    x1 = a * x0 + s * noise_like(x0, generator)
-    mean = wide((x1 + beta * score(x1, t)) / math.sqrt(1 - beta))
-    cdf = lambda edge: torch.special.ndtr((edge / 128 - 1 - mean) / math.sqrt(beta))
-    lower, upper = cdf(wide(levels)), cdf(wide(levels) + 1)
-    lower, upper = torch.where(wide(levels) == 0, 0., lower), torch.where(wide(levels) == 255, 1., upper)
-    first = -(upper - lower).clamp(min=1e-12).log().flatten(1).sum(1)
-    return (prior + middle + first) / (d * math.log(2))
-
 
 def dequantise(levels, generator=None):
     """uint8 levels (B, ...) -> 2 (k + u)/256 - 1 in [-1, 1], u ~ U[0, 1) new at every call."""
     jitter = torch.rand(levels.shape, generator=generator, device=levels.device)
     return (levels + jitter) / 128 - 1
 
+def bits_per_dim(score, sde, x, steps=32, probes=1, exact=False, generator=None, error=False):
+    """-log2 p/D of 8-bit images, dequantised, in bits/dim. x: (B, C, H, W) in [-1, 1] -> (B,).
+    Divided by 128 per pixel a density over [-1, 1] is one over levels: hence + 7 (for [0, 1] + 8).
+    Arguments as in log_likelihood. Raises ValueError for NaN and x outside [-1, 1]."""
+    need(float(x.abs().max()) <= 1, "bits/dim need images in [-1, 1], without NaN")
+    levels, unit = to_levels(x).to(x.device), x[0].numel() * math.log(2)
+    u = [torch.rand(x.shape[1:], generator=g) for g in own_generators(levels, generator)]
+    y = (levels + torch.stack(u).to(x)) / 128 - 1
+    nats = log_likelihood(score, sde, y, steps, probes, exact, generator, error)
+    return (7 - nats[0] / unit, nats[1] / unit) if error else 7 - nats / unit
 
-# =====================================================================================================================
-# 6. Zero-shot uses of a score: inpainting (Table 3) and reconstruction (Table 4)
-# =====================================================================================================================
+# ==== 6. Zero-shot uses of a score: inpainting (Table 3) and reconstruction (Table 4) =============
+def add_noise(sde, x, t, generator, start=None):
+    """x: (B, ...) at time start (None: a clean image) -> x at the later time t:
+    x_t = up x_start + noise of variance s_t^2 - (up s_start)^2, with up = a_t/a_start."""
+    (a0, s0), (a, s) = (1.0, 0.0) if start is None else sde.at(start), sde.at(t)
+    up = a / a0
+    return up * x + math.sqrt(max(s ** 2 - (up * s0) ** 2, 0)) * noise_like(x, generator)
 
-@torch.no_grad()
 def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
-    """Fill the pixels where mask is 0. x: (B, C, H, W), mask: the same shape or one that broadcasts, 1 = known -> (B, C, H, W).
-
-    From pure noise; before every evaluation the known pixels are replaced by themselves at that noise level. Replacing alone does
-    not sample the conditional law (the unknown pixels were drawn without knowing them), so every step is gone back, by forward
-    noise, and taken again repeats times (Lugmayr et al. 2022); steps*repeats + 1 network evaluations.
-    Unknown pixels of x are dropped first, so the answer cannot leak, and known pixels come back bit for bit.
-    """
+    """Fill the pixels of x: (B, C, H, W) where mask, which broadcasts to it, is 0 -> like x.
+    After every step the known pixels are replaced by themselves at that noise level. The others
+    were drawn without knowing them, so forward noise undoes the step, and it is taken repeats times
+    in all (Lugmayr et al. 2022). Known pixels come back bit for bit, unknown ones are not used."""
     known = mask.to(x.device).bool().expand_as(x)
     x = torch.where(known, x, torch.zeros_like(x))
+    def pinned(y, t):
+        return torch.where(known, add_noise(sde, x, t, generator), y)
+    def step(score, sde, y, t, t_next, generator):
+        for repeat in range(repeats):
+            if repeat > 0:
+                y = pinned(add_noise(sde, y, t, generator, start=t_next), t)
+            y = pinned(reverse_step(score, sde, y, t, t_next, generator), t_next)
+        return y
     grid = time_grid(sde, steps)
+    y = pinned(sde.prior_sample(x.shape, generator, x.device), grid[0])
+    return torch.where(known, x, walk(step, score, sde, y, grid, generator))
 
-    def pin(y, t):
-        a, s = map(float, sde.marginal(t))
-        return torch.where(known, a * x + s * noise_like(x, generator), y)
-
-    (a, s), y = sde.marginal(grid), pin(sde.prior_sample(x.shape, generator, x.device), grid[0])
-    for i in range(steps):
-        for r in range(repeats):
-            if r > 0:                          # back up to grid[i]: x_i = up x_{i+1} + noise of variance s_i^2 - up^2 s_{i+1}^2
-                up = float(a[i] / a[i + 1])
-                y = pin(up * y + math.sqrt(max(float(s[i]) ** 2 - (up * float(s[i + 1])) ** 2, 0)) * noise_like(x, generator), grid[i])
-            y = pin(reverse_step(score, sde, y, grid[i], grid[i + 1], generator), grid[i + 1])
-    return torch.where(known, x, denoise(score, sde, y, grid[-1]))
-
-
-@torch.no_grad()
 def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
-    """Noise x: (B, ...) to time t, then walk Eq. 4 back to data: (B, ...). A score changed at these noise levels may miss the way back.
-
-    The paper's t = 0.02 is faint noise: sigma = 0.08 for VP, and for VE 0.012, from where every network finds back. SGU-Relative's
-    forget loss acts at sigma 0.2 to 3 alone, so it hardly changes here. Raises ValueError for t outside [0, 1].
-    """
-    if not 0 <= t <= 1:
-        raise ValueError(f"reconstruct needs t in [0, 1], not {t}")
+    """Noise x: (B, ...) to time t in [0, 1], then walk Eq. 4 back to data: (B, ...). The paper's
+    t = 0.02 is faint, sigma = 0.08 for VP and 0.012 for VE, from where every network finds back."""
+    need(0 <= t <= 1, f"reconstruct needs t in [0, 1], not {t}")
     if t <= sde.t_min:
         return x.clone()
-    grid = time_grid(sde, steps, t_max=t)
-    a, s = map(float, sde.marginal(grid[0]))
-    y = a * x + s * noise_like(x, generator)
-    for now, then in zip(grid, grid[1:]):
-        y = reverse_step(score, sde, y, now, then, generator)
-    return denoise(score, sde, y, grid[-1])
+    y = add_noise(sde, x, t, generator)
+    return walk(reverse_step, score, sde, y, time_grid(sde, steps, t_max=t), generator)
 
+# ==== 7. Training by Eq. 11 =======================================================================
+# Five things make it fast. --recipe paper is without the first three: the paper's t and lambda(t).
+# - The noise law. Of a uniform t few fall where images take shape: sigma around 1 for digits, 0.3
+#   for photographs. So log sigma ~ N(centre, spread^2); every k-th draw is uniform in log sigma.
+# - The weights: balanced_weight of section 3 on both losses, where the paper has its lambda(t).
+# - The window: forgetting draws sigma below 6 or so. Above, noise hides the class, p_f and p_g
+#   coincide, and forgetting only fights keeping.
+# - The optimiser: Muon for the inner convolutions, Adam for all other weights.
+# - The precision: bfloat16 where the processor multiplies it faster.
+DIGIT_NOISE, PHOTO_NOISE = (0.2, 1.1, 8), (-1.2, 1.2, 32)         # (centre, spread, k)
+EVERY_SIGMA = (0.0, 1e6)                                          # JSON has no infinity
 
-# =====================================================================================================================
-# 7. Training.  Eq. 11 by Adam: Standard (D), Unseen (D_g alone), SGU from scratch or from Standard's weights (D_g and D_f)
-#
-# Which t to train at matters more than anything else in a short run. The paper's t ~ U[0, 1] is uniform in log sigma for VE. Here only every
-# k-th draw is; the others sit where images take shape: digits around sigma = 1; photographs, whose textures drown in less noise, around 0.3, by
-# the law of Karras et al. 2022 (their Table 1). Notebook 03 has what that is worth. The keep loss is weighted by 1 + (sigma/data_std)^2, which
-# makes the loss of the preconditioned network F equally large at every noise level (the same paper). NegGrad and SISS are that loss with another
-# sign, and get the same weight. Orthogonal and obtuse are made of e.z, which is of order 1 at every noise level where (e - z)^2 is small, and so
-# is EraseDiff's distance to a noise of its own: the square root of that weight makes their gradients at F equally large. The relative loss gets
-# the full weight, which keeps its optimum a guided score. And where sigma > 6 noise hides the class, p_f and p_g coincide and forgetting only
-# fights keeping: see window. All this was found by trying; METHODS in section 10 holds what was found for each loss.
-# =====================================================================================================================
+class Recipe(NamedTuple):
+    """How to train: at which noise levels, with which weights, in which arithmetic."""
+    noise_law: Any = DIGIT_NOISE     # (centre, spread, k), or None: t uniform
+    weighting: Any = "balanced"      # or as in section 3; or a pair of these, for keep and forget
+    precision: str = "float32"       # or 'bfloat16'
+RECIPES = dict(balanced=Recipe(), paper=Recipe(None, "paper"))
 
-DIGIT_NOISE, PHOTO_NOISE = (0., 1.5, 2), (-1.2, 1.2, 32)       # noise laws (centre, spread, k), see sample_times
-
-
-def sample_times(sde, n, generator=None, device=None, window=(0., 1.), noise_law=DIGIT_NOISE):
-    """n stratified training times in window: (n,). noise_law (centre, spread, k): log sigma ~ N(centre, spread^2), but every k-th uniform."""
-    centre, spread, k = noise_law
-    ends = torch.tensor([max(window[0], sde.t_min), window[1]], dtype=torch.float64)
-    a, s = sde.marginal(ends)
-    lo, hi = (s / a).log().tolist()
+def sample_times(sde, n, generator=None, device=None, window=EVERY_SIGMA, noise_law=DIGIT_NOISE):
+    """n stratified training times: (n,), at noise levels sigma in window, by noise_law (Recipe)."""
+    ends = sde.sigma(torch.tensor([sde.t_min, 1.0], dtype=torch.float64)).clamp(*window)
+    (low, high), (first, last) = ends.log().tolist(), sde.time(ends).tolist()
+    need(low < high, f"the schedule has no noise level sigma in the window {tuple(window)}")
     u = (torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)) / n
-    u = u[torch.randperm(n, generator=generator, device=device)]                       # so that both laws cover (0, 1)
-    below = lambda v: 0.5 * (1 + math.erf((v - centre) / spread / math.sqrt(2)))        # P(log sigma < v)
-    p = (below(lo) + u * (below(hi) - below(lo))).clamp(1e-6, 1 - 1e-6)
-    shape = centre + spread * torch.special.ndtri(p.cpu() if p.device.type == "mps" else p).to(p.device)          # mps has no ndtri
-    log_sigma = torch.where(torch.arange(n, device=device) % k == 0, lo + u * (hi - lo), shape)
-    t = sde.time(log_sigma.clamp(lo, hi).exp()).clamp(float(ends[0]), float(ends[1]))
-    return sde.step(t) / sde.n_steps if isinstance(sde, DDPM) else t                    # the discrete chain trains at its own times
+    u = u[torch.randperm(n, generator=generator, device=device)]  # covers (0, 1) evenly
+    t = first + (last - first) * u
+    if noise_law is not None:
+        centre, spread, k = noise_law
+        law = torch.distributions.Normal(centre, spread)
+        p0, p1 = law.cdf(torch.tensor([low, high])).tolist()
+        log_sigma = law.icdf((p0 + u * (p1 - p0)).clamp(1e-6, 1 - 1e-6))
+        turn = torch.randint(k, (1,), generator=generator, device=device)
+        even = (torch.arange(n, device=device) + turn) % k == 0
+        t = sde.time(torch.where(even, low + u * (high - low), log_sigma).clamp(low, high).exp())
+    return sde.step(t) / sde.n_steps if isinstance(sde, DDPM) else t.clamp(first, last)
 
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose step, as a matrix, is made orthogonal: all singular values about 1
+    (Jordan et al. 2024), scaled like Adam's steps, one rate for both (Liu et al. 2025)."""
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in [p for p in group["params"] if p.grad is not None]:
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                velocity.lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(velocity, group["momentum"]).flatten(1)     # (c_out, 9 c_in)
+                x = x / (x.norm() + 1e-12)
+                for _ in range(5):                                # Newton and Schulz
+                    y = x @ x.T
+                    x = 3.4445 * x + (2.0315 * y @ y - 4.7750 * y) @ x
+                p.add_(x.view_as(p), alpha=-0.2 * math.sqrt(max(x.shape)) * group["lr"])
 
-def keep_weight(sde, data_std=0.5):
-    """The weight 1 + (sigma/data_std)^2 of the keep loss, as a function of t."""
-    def weight(t):
-        a, s = sde.marginal(t)
-        return 1 + (s / a / data_std) ** 2
-    return weight
-
-
-def forget_weight(sde, data_std=0.5):
-    """The weight sqrt(1 + (sigma/data_std)^2) of losses that stay of order 1 in noise, as a function of t."""
-    return lambda t: keep_weight(sde, data_std)(t).sqrt()
-
-
-def saliency_mask(model, sde, forget, forget_loss, *, window=(0., 1.), weighting=None, batches=10, batch_size=64, train_share=0.5, seed=0,
-                  precision="float32", data_std=0.5, noise_law=DIGIT_NOISE):
-    """Rival SalUn (Fan et al. 2024): an edit_gradient that trains only half of the weights: largest |sum of forget gradients|.
-
-    window, weighting, noise_law: those with which the forget loss will train; None: forget_weight.
-    """
-    score, g = make_score(model, sde, data_std, precision), torch.Generator(forget.device).manual_seed(seed)
-    model.zero_grad(set_to_none=True)
-    for _ in range(batches):
-        t = sample_times(sde, batch_size, g, forget.device, window, noise_law)
-        forget_loss(score, sde, draw(forget, batch_size, g), t=t, weighting=weighting or forget_weight(sde, data_std), generator=g).backward()
-    saliency = torch.cat([p.grad.abs().flatten() for p in model.parameters()])
-    threshold = saliency.kthvalue(max(1, round((1 - train_share) * len(saliency)))).values
-    masks = [p.grad.abs() > threshold for p in model.parameters()]
-    model.zero_grad(set_to_none=True)
-
-    def edit(model):
-        for p, mask in zip(model.parameters(), masks):
-            p.grad.mul_(mask)
-    return edit
-
-
-def fisher_penalty(model, sde, keep, *, strength=100.0, batches=50, batch_size=8, seed=0, precision="float32", data_std=0.5,
-                   noise_law=DIGIT_NOISE):
-    """Rival elastic weights (Kirkpatrick et al. 2017): an edit_gradient that adds the gradient of
-    strength sum_i F_i (theta_i - theta0_i)^2, which keeps what the kept data need near Standard's weights theta0.
-
-    F is the diagonal Fisher information of the keep loss at theta0, estimated as the mean squared gradient of small batches.
-    """
-    score, g = make_score(model, sde, data_std, precision), torch.Generator(keep.device).manual_seed(seed)
-    start, fisher = [p.detach().clone() for p in model.parameters()], [torch.zeros_like(p) for p in model.parameters()]
-    for _ in range(batches):
-        model.zero_grad(set_to_none=True)
-        t = sample_times(sde, batch_size, g, keep.device, noise_law=noise_law)
-        score_matching_loss(score, sde, draw(keep, batch_size, g), t=t, weighting=keep_weight(sde, data_std), generator=g).backward()
-        for f, p in zip(fisher, model.parameters()):
-            f.add_(p.grad.square(), alpha=1 / batches)
-    model.zero_grad(set_to_none=True)
-
-    def edit(model):
-        for p, p0, f in zip(model.parameters(), start, fisher):
-            p.grad.add_(2 * strength * f * (p.detach() - p0))
-    return edit
-
-
-def draw(data, n, generator):
-    """n random images of data: uint8 (dequantised to [-1, 1]) or float (as they are)."""
-    x = data[torch.randint(len(data), (n,), generator=generator, device=data.device)]
-    return dequantise(x, generator) if x.dtype == torch.uint8 else x
-
-
-def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *, steps, batch_size=128, lr=1e-3, warmup=100,
-          ema_decay=0.999, window=(0., 1.), weighting=None, forget_weighting=None, precision="float32", data_std=0.5, seed=0,
-          state=None, compile=False, forget_ratio=None, edit_gradient=None, noise_law=DIGIT_NOISE):
-    """Train model in place by Eq. 11, ema following it; a generator that yields after every step: for info in train(...): ...
-
-    model: a network (x, log(sigma)/4) -> the shape of x, for make_score with the same data_std; ema: copy.deepcopy(model), the averaged
-    weights that one samples from. keep, forget: (N, ...) uint8 or float tensors on the model's device; alpha = 1 ignores forget.
-    forget_loss: any function with the signature of obtuse_loss. window: the times t at which it acts; noise_law: see sample_times.
-    weighting, forget_weighting: 'noise', 'paper' or a function of t; None: keep_weight and forget_weight. R of section 3 has their ratio.
-    forget_ratio: rescale the forget gradient to this share of the keep gradient's norm, whatever alpha (the step of SISS, Alberti et al.
-    2025, without its importance sampling). edit_gradient: called as edit_gradient(model) before every step (saliency_mask, fisher_penalty).
-    state: what snapshot() returned, to go on from there. Gradients are clipped to norm 1.
-    Yields dict(step, steps, keep, forget, snapshot): the weighted losses; snapshot() -> dict for torch.save, before the next step.
-    Raises FloatingPointError at the first non-finite loss, naming the step and the time t; ValueError for forget without a forget_loss.
-    """
-    if forget is not None and forget_loss is None:
-        raise ValueError("forget needs a forget_loss, for instance obtuse_loss")
-    device = keep.device
-    score = make_score(torch.compile(model) if compile else model, sde, data_std, precision)
-    weighting, forget_weighting = weighting or keep_weight(sde, data_std), forget_weighting or forget_weight(sde, data_std)
-    optimiser = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))             # 0.999 is slow for a run this short
-    # Two streams of random numbers: with alpha = 1 the keep stream, hence the result, is that of plain training, bit for bit.
-    streams = [torch.Generator(device).manual_seed(2 * seed + i) for i in (0, 1)]
-    done = 0
-    if state is not None:
-        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimiser.load_state_dict(state["optimiser"])
-        done = state["step"]
-        for g, saved in zip(streams, state["streams"]):
-            g.set_state(saved.cpu())
-    else:
-        ema.load_state_dict(model.state_dict())        # its decay, small at first, drops them: a slow average keeps Standard, who knows the class
-
-    def term(loss_fn, data, g, w, window, n):
-        x0, t = draw(data, n, g), sample_times(sde, n, g, device, window, noise_law)
-        loss = loss_fn(score, sde, x0, t=t, weighting=w, generator=g)
-        if not torch.isfinite(loss):
-            with torch.no_grad():
-                bad = [f"{ti:.4f}" for xi, ti in zip(x0, t) if not torch.isfinite(loss_fn(score, sde, xi[None], t=ti[None], weighting=w))]
-            which = "keep" if loss_fn is score_matching_loss else "forget"
-            raise FloatingPointError(f"the {which} loss is {float(loss.detach())} at step {done + 1}, t = {', '.join(bad[:3]) or 'any'}; lower the learning rate, or raise alpha to give "
-                                     "the forget loss a smaller share")
-        return loss
-
+def descend(model, ema, steps, lr, gradients, state=None):
+    """Train model; ema, or None, averages its weights. gradients(step) fills them in -> report. The
+    rate warms up for 5% of the steps and falls like a cosine. Yields dict(report, step, steps,
+    snapshot): snapshot() is a state to go on from, bit for bit; the last has the average alone."""
+    ema = model if ema is None else ema                           # then averaging changes nothing
+    inner = [p for p in model.parameters() if p.dim() == 4][1:-1] # all but first and last 3x3
+    others = [p for p in model.parameters() if all(p is not q for q in inner)]
+    parts = [model, ema, torch.optim.Adam(others, lr, betas=(0.9, 0.99))]
+    parts += [Muon(inner, lr)] if inner else []
+    done = state["step"] if state else 0
+    ema.load_state_dict(state["weights"] if state else model.state_dict())
+    for part, saved in zip(parts, state["parts"] if state and done < steps else ()):
+        part.load_state_dict(copy.deepcopy(saved))
     def snapshot():
-        return dict(model=model.state_dict(), ema=ema.state_dict(), optimiser=optimiser.state_dict(), step=done,
-                    streams=[g.get_state() for g in streams])
-
+        unfinished = dict(parts=[part.state_dict() for part in parts]) if done < steps else {}
+        return copy.deepcopy(dict(step=done, weights=ema.state_dict(), **unfinished))
     while done < steps:
-        lr_now = lr * min((done + 1) / min(warmup, steps), 1) * 0.5 * (1 + math.cos(math.pi * done / steps))
-        for group in optimiser.param_groups:
-            group["lr"] = lr_now
-        loss_g = term(score_matching_loss, keep, streams[0], weighting, (0., 1.), batch_size)
-        total, loss_f = alpha * loss_g, torch.zeros(())
-        if forget is not None and alpha < 1:
-            loss_f = term(forget_loss, forget, streams[1], forget_weighting, window, batch_size)
-            total = total + (1 - alpha) * loss_f
-        optimiser.zero_grad(set_to_none=True)
-        if forget_ratio is None or not loss_f.requires_grad:
-            total.backward()
-        else:
-            loss_f.backward()
-            forget_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-            forget_grads = [p.grad / forget_norm.clamp(min=1e-12) for p in model.parameters()]
-            optimiser.zero_grad(set_to_none=True)
-            loss_g.backward()
-            keep_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-            for p, g in zip(model.parameters(), forget_grads):
-                p.grad.add_(g, alpha=float(forget_ratio * keep_norm))
-        if edit_gradient is not None:
-            edit_gradient(model)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        model.zero_grad(set_to_none=True)
+        report = gradients(done)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        need(norm.isfinite(), f"step {done + 1}: the gradient is not finite; lower the rate",
+             FloatingPointError)
+        warm = min((done + 1) / (steps // 20 + 1), 1)
+        for optimiser in parts[2:]:
+            optimiser.param_groups[0]["lr"] = lr * warm * (1 + math.cos(math.pi * done / steps)) / 2
+            optimiser.step()
         done += 1
-        decay = min(ema_decay, (1 + done) / (10 + done))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-        yield dict(step=done, steps=steps, keep=float(loss_g.detach()), forget=float(loss_f.detach()), snapshot=snapshot)
+        decay = min(0.999, (1 + done) / (10 + done))              # a short memory at first
+        for average, now in zip(ema.parameters(), model.parameters()):
+            average.data.lerp_(now.data, 1 - decay)
+        for average, now in zip(ema.buffers(), model.buffers()):
+            average.copy_(now)                                    # batch norm's statistics, say
+        yield dict(report, step=done, steps=steps, snapshot=snapshot)
 
+def check_training(keep, forget, forget_loss, alpha, window, steps):
+    """Refuse what would train, but not what was meant: ValueError or TypeError."""
+    for x in (keep,) if forget is None else (keep, forget):
+        kind, meant = x.dtype, x.dtype == torch.uint8 or x.is_floating_point()
+        need(meant, f"images must be uint8 levels, or floats in [-1, 1], not {kind}")
+        need(len(x) and x.isfinite().all(), "leave out images that contain NaN, but keep some")
+        need(x.dtype == torch.uint8 or x.abs().max() < 99, "levels 0..255 must be uint8")
+    need((forget is None) == (forget_loss is None), "forget and forget_loss belong together")
+    need(forget is None or alpha is not None and 0 <= alpha < 1,
+         f"forgetting needs alpha in [0, 1), the weight of the keep loss, not {alpha}")
+    need(0 <= window[0] < window[1], f"window must be 0 <= low < high in sigma, not {window}")
+    need(steps >= 1, f"steps must be at least 1, not {steps}")
+    need(not torch.is_inference_mode_enabled(), "leave torch.inference_mode to train")
+    try:
+        inspect.signature(forget_loss or obtuse_loss).bind(0, 0, 0, t=0, weighting=0, generator=0)
+    except TypeError as error:
+        name = getattr(forget_loss, "__name__", forget_loss)
+        raise TypeError(f"give {name} the signature of obtuse_loss: {error}") from None
 
-# =====================================================================================================================
-# 8. Data: tensors of uint8 in memory, (N, C, H, W), with integer labels (N,). No worker processes, nothing to wait for
-# =====================================================================================================================
+def eq_11(model, keep_loss, forget_loss, alpha):                  # its gradients, into model
+    sgu_loss(keep_loss, forget_loss, alpha).backward()
 
-class UsageError(Exception):
+def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, steps, batch_size=64,
+          lr=4e-3, window=EVERY_SIGMA, recipe=Recipe(), data_std=None, seed=0, state=None,
+          backward=eq_11):
+    """Train model, a network for make_score, in place by Eq. 11: for info in train(...): ...
+    ema: copy.deepcopy(model), whose averaged weights one samples with. keep, forget: (N, ...) uint8
+    or floats on its device; forget_loss: any function with obtuse_loss's signature, at sigma in
+    window; recipe: 'balanced' is power 1 for keep, 1/2 for forget (for SGU-Relative pass a pair);
+    backward: how two losses become gradients. Yields dict(step, steps, keep, forget, score,
+    snapshot): the weighted losses, the averaged network's score(x, t), and as descend says. Raises
+    as check_training does, and FloatingPointError for a loss that is not finite."""
+    check_training(keep, forget, forget_loss, alpha, window, steps)
+    std = getattr(model, "data_std", 0.5) if data_std is None else data_std
+    weights = recipe.weighting
+    score, average = (make_score(m, sde, std, recipe.precision) for m in (model, ema))
+    weights = weights if isinstance(weights, (tuple, list)) else (weights, weights)
+    weights = [balanced_weight(sde, std, power) if weight == "balanced" else weight
+               for weight, power in zip(weights, (1.0, 0.5))]
+    def term(step, i, loss, data, sigmas):
+        g = torch.Generator(data.device).manual_seed(2 * (seed * 1_000_003 + step) + i)
+        x0 = data[torch.randint(len(data), (batch_size,), generator=g, device=data.device)]
+        x0 = dequantise(x0, g) if x0.dtype == torch.uint8 else x0
+        t = sample_times(sde, batch_size, g, data.device, sigmas, recipe.noise_law)
+        value = loss(score, sde, x0, t=t, weighting=weights[i], generator=g)
+        need(torch.is_tensor(value) and value.dim() == 0 and value.requires_grad,
+             "a loss must return one differentiable number, the mean over the batch", TypeError)
+        if not value.isfinite():                                  # need would build the text always
+            raise FloatingPointError(f"the {('keep', 'forget')[i]} loss is {value.item()} at step "
+                                     f"{step + 1}; lower the learning rate, or raise alpha")
+        return value
+    def gradients(step):
+        kept, gone = term(step, 0, score_matching_loss, keep, EVERY_SIGMA), torch.zeros(())
+        if forget is None:
+            kept.backward()
+        else:
+            gone = term(step, 1, forget_loss, forget, window)
+            backward(model, kept, gone, alpha)
+        return dict(keep=kept.item(), forget=gone.item(), score=average)
+    return descend(model, ema, steps, lr, gradients, state)
+
+# ==================================================================================================
+# PART TWO: THE EXPERIMENT
+#
+# ==== 8. Data: uint8 tensors in memory, (N, C, H, W), with integer labels (N,) ====================
+
+class UsageError(ValueError):
     """Something the user can mend; the command prints it as one line and exits with 2."""
 
+def require(ok, message):
+    need(ok, message, UsageError)
 
 DIGITS = [str(i) for i in range(10)]
-CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
-DATASETS = dict(        # name: (default --forget, default --sde, the files torchvision looks for below --data-root)
-    glyphs=("3,7", "ve", ""),
-    mnist=("3,7", "ve", "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"),
-    fashion=("Sneaker", "ve", "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"),
-    kmnist=("0", "ve", "KMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"),
-    cifar10=("automobile,dog", "vp", "cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}"),
+IDX = "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
+DATASETS = dict(    # name: (default --forget, default --sde, the files looked for in --data-root)
+    glyphs=("3,7", "ve", ""), mnist=("3,7", "ve", IDX),
+    fashion=("Sneaker", "ve", "Fashion" + IDX), kmnist=("0", "ve", "K" + IDX),
+    cifar10=("automobile,dog", "vp", "cifar-10-batches-py/{data_batch_1..5,test_batch,...}"),
     stl10=("airplane", "vp", "stl10_binary/{train,test}_{X,y}.bin and class_names.txt"),
-    celeba=("Bangs", "vp", "celeba/{img_align_celeba/*.jpg,list_attr_celeba.txt,list_eval_partition.txt,...}"),
-)
-
+    celeba=("Bangs", "vp", "celeba/{img_align_celeba/*.jpg,list_attr_celeba.txt,...}"))
 
 def load_data(name, root="data"):
-    """A data set as dict(name, train, train_labels, test, test_labels, classes).
+    """One of DATASETS, downloaded below root if need be, or the path of an .npz (see as_data) ->
+    dict(name, train, train_labels, test, test_labels, classes). Raises UsageError."""
+    own = name.endswith(".npz") and os.path.exists(name)
+    require(own or name in DATASETS, f"--dataset: {name!r} is no .npz file nor in {[*DATASETS]}")
+    try:
+        if own:
+            with np.load(name) as arrays:
+                return as_data(pathlib.Path(name).stem, dict(arrays))
+        data = as_data(name, arrays_of(name, root))
+        for half in ("train", "test"):
+            blank = data[half].amax((1, 2, 3)) == data[half].amin((1, 2, 3))
+            need(blank.float().mean() < 0.01, "many images show nothing")
+            need(len(data[half + "_labels"].unique(dim=0)) > 1, "all labels are the same")
+        return data
+    except Exception as error:                                    # numpy, torchvision: in many ways
+        hint = ("is not what as_data in sgu.py describes" if own else "is missing or damaged, and "
+                f"cannot be downloaded; put {DATASETS[name][2]} into {root}")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:250]
+        raise UsageError(f"{name} {hint} ({reason})") from None
 
-    name: one of DATASETS, or the path of an .npz with images (N, H, W) or (N, H, W, C) uint8, labels (N,) or attributes (N, A) (0 or -1: no),
-    and, if you like, class_names or attribute_names, and split (N,) whose highest number, 1 or more, is for testing: 0, 1, or 0, 1, 2
-    with a validation part that is trained on (without split a random sixth is for testing).
-    torchvision downloads what is missing below root. Labels of attribute data are (N, A) bool; see choose(). Raises UsageError saying
-    which file to put where.
-    """
-    if name.endswith(".npz"):
-        return load_npz(name)
+def arrays_of(name, root):
+    """A data set of torchvision, or 12,000 + 2,000 glyphs, as the arrays of an .npz."""
     if name == "glyphs":
-        train, test = draw_glyphs(12000, seed=0), draw_glyphs(2000, seed=1)
-        return dict(name=name, train=train[0], train_labels=train[1], test=test[0], test_labels=test[1], classes=DIGITS)
-    if name not in DATASETS:
-        raise UsageError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}, or give the path of an .npz file")
-    import contextlib
-    from torchvision import datasets
-    loaders = dict(mnist=datasets.MNIST, fashion=datasets.FashionMNIST, kmnist=datasets.KMNIST, cifar10=datasets.CIFAR10,
-                   stl10=datasets.STL10, celeba=datasets.CelebA)
-    files = DATASETS[name][2]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):                               # torchvision talks about every mirror it tries
-            if name in ("stl10", "celeba"):
-                parts = [loaders[name](root, split=split, download=True) for split in ("train", "test")]
-            else:
-                parts = [loaders[name](root, train=train, download=True) for train in (True, False)]
-            data = dict(name=name, classes=[c for c in getattr(parts[0], "classes", None) or parts[0].attr_names if c])     # CelebA's list ends in ''
-            for part, split in zip(parts, ("train", "test")):
-                data[split], data[split + "_labels"] = to_tensors(part, name)
-    except Exception as error:                                                         # torchvision parses what it finds, in many ways
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        if isinstance(error, OSError) or "ownload" in reason or "orrupted" in reason:
-            raise UsageError(f"data set {name} is not complete below {root} and cannot be downloaded ({reason}); put {files} into {root}") from None
-        folder = pathlib.Path(root, files.split("/")[0])
-        raise UsageError(f"a data file of {name} in {folder} is damaged ({reason}); delete {folder} and run again, or put {files} into {root}") from None
-    if name in ("mnist", "kmnist"):
-        data["classes"] = DIGITS
-    return data
-
-
-def to_tensors(part, name):
-    """A torchvision data set -> images (N, C, H, W) uint8 (STL-10 and CelebA at 64x64), labels (N,) int64 or (N, 40) bool."""
-    if name == "celeba":
-        crop = lambda image: torch.from_numpy(np.array(image.crop((15, 35, 163, 183)).resize((64, 64), 4)))   # centre 148, box filter
-        return torch.stack([crop(part[i][0]) for i in range(len(part))]).permute(0, 3, 1, 2).contiguous(), part.attr[:, :40].bool()
-    x = torch.as_tensor(np.asarray(part.data))
-    if name == "cifar10":
-        x = x.permute(0, 3, 1, 2).contiguous()
-    elif name == "stl10":
-        x = resize(x, 64)
+        images, labels = map(torch.cat, zip(draw_glyphs(12000, 0), draw_glyphs(2000, 1)))
+        return dict(images=images[:, 0], labels=labels, split=np.repeat([0, 1], [12000, 2000]))
+    from torchvision import datasets as d
+    kind = dict(mnist=d.MNIST, fashion=d.FashionMNIST, kmnist=d.KMNIST, cifar10=d.CIFAR10,
+                stl10=d.STL10, celeba=d.CelebA)[name]
+    halves = [dict(split=half) if name in ("stl10", "celeba") else dict(train=half == "train")
+              for half in ("train", "test")]
+    with contextlib.redirect_stdout(io.StringIO()):               # it names every mirror it tries
+        parts = [kind(root, download=True, **half) for half in halves]
+    arrays = dict(split=np.repeat([0, 1], [len(part) for part in parts]))
+    if name == "celeba":                                          # the face, by a box filter
+        faces = [np.asarray(image.crop((15, 35, 163, 183)).resize((64, 64), 4))
+                 for part in parts for image, _ in part]
+        return dict(arrays, images=np.stack(faces), attribute_names=parts[0].attr_names[:40],
+                    attributes=np.concatenate([part.attr[:, :40] for part in parts]))
+    arrays.update(images=np.concatenate([part.data for part in parts]),
+                  class_names=DIGITS if name in ("mnist", "kmnist") else parts[0].classes)
+    if name == "stl10":
+        labels = [part.labels for part in parts]
+        arrays["images"] = arrays["images"].transpose(0, 2, 3, 1)
     else:
-        x = x[:, None]
-    y = torch.as_tensor(np.asarray(part.labels if name == "stl10" else part.targets)).long()
-    if len(x) != len(y) or int(y.max()) > 9:
-        raise ValueError(f"{len(x)} images but {len(y)} labels from {int(y.min())} to {int(y.max())}")
-    return x, y
+        labels = [part.targets for part in parts]
+    return dict(arrays, labels=np.concatenate(labels))
 
-
-def resize(x, side):
-    """uint8 (N, C, H, W) -> (N, C, side, side), antialiased, in pieces of 1,000 images."""
-    shrink = lambda part: F.interpolate(part.float(), size=(side, side), mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)
-    return torch.cat([shrink(part) for part in x.split(1000)])
-
-
-def load_npz(path):
-    """The documented route for data of your own: see load_data."""
-    try:
-        with np.load(path) as z:
-            z = {k: z[k] for k in z.files}
-        kind, dims = ("attribute", 2) if "attributes" in z else ("class", 1)
-        x, y = torch.from_numpy(z["images"]), torch.from_numpy(z["attributes"] if dims == 2 else z["labels"])
-        y = y > 0 if dims == 2 else y.long()
-        if "split" in z:
-            split = torch.from_numpy(z["split"] == max(z["split"].max(initial=0), 1))  # 2 in CelebA, whose 0 and 1 are trained on
-        else:
-            split = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) % 6 == 5
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path}") from None
-    except Exception as error:
-        raise UsageError(f"{path} is damaged, has no 'images' and 'labels' (or 'attributes'), or its 'split' is not of numbers: {type(error).__name__}: {error}") from None
-    if x.dtype != torch.uint8 or x.dim() not in (3, 4) or x.shape[1] != x.shape[2]:
-        raise UsageError(f"{path}: images must be square and uint8, (N, H, W) or (N, H, W, C); found {x.dtype} {tuple(x.shape)}")
-    if y.dim() != dims or split.dim() != 1 or not len(x) == len(y) == len(split) > 0:
-        raise UsageError(f"{path}: {len(x)} images need as many labels (N,) or attributes (N, A), and split (N,) if any; found {tuple(y.shape)} and {tuple(split.shape)}")
-    highest = y.shape[1] - 1 if dims == 2 else int(y.max())
-    if dims == 1 and highest >= len(x) and "class_names" not in z:
-        raise UsageError(f"{path}: labels must count from 0; these reach {highest}, with {len(x)} images")
-    names = [str(n) for n in z.get(f"{kind}_names", range(highest + 1))]
-    if highest >= len(names) or dims == 1 and int(y.min()) < 0:
-        raise UsageError(f"{path}: {len(names)} names for the {kind} numbers {int(y.min()) if dims == 1 else 0} to {highest}")
-    x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
+def as_data(source, arrays):
+    """The arrays of an .npz -> what load_data returns. images: uint8, (N, H, W) or (N, H, W, C);
+    labels (N,) or attributes (N, A), yes where above 0; if you like, class_names or attribute_names
+    and split (N,), whose highest number, 1 or more, is for testing (else a random sixth is)."""
+    many = "attributes" in arrays
+    key, names = ("attributes", "attribute_names") if many else ("labels", "class_names")
+    x, y = np.ascontiguousarray(arrays["images"]), np.asarray(arrays[key])
+    need(x.dtype == np.uint8 and x.ndim in (3, 4) and x.shape[1] == x.shape[2],
+         f"images must be uint8 and square, (N, H, W) or (N, H, W, C), not {x.dtype} {x.shape}")
+    sixth = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).numpy() % 6 == 5
+    split = np.asarray(arrays.get("split", sixth))
+    for v, axes in ((y, 1 + many), (split, 1)):
+        need(v.ndim == axes and len(v) == len(x) > 0 and (axes > 1 or v.dtype.kind in "iub"),
+             f"{len(x)} images need as many {key} and split, integers, not {v.dtype} {v.shape}")
+    count = y.shape[1] if many else int(y.max()) + 1
+    names = arrays.get(names, range(count if many else min(count, len(x))))
+    names = [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in names]
+    need(count <= len(names) and (many or y.min() >= 0),
+         f"{key} count from 0, and {len(names)} names do not fit {y.min()}..{count - 1}")
+    names = [" ".join(v.replace(",", " ").replace("|", " ").split()) for v in names]
+    for i, v in enumerate(names):
+        names[i] = f"class {v or i}" if v in ("", "total", "n", "ci95") else v
+    names = [f"{v} ({i})" if names.count(v) > 1 else v for i, v in enumerate(names)]
+    x = torch.from_numpy(x.reshape(*x.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()
+    y = torch.from_numpy(y > 0 if many else y.astype(np.int64))
     if x.shape[2] > 64:
-        x = resize(x, 64)
-    content = functools.reduce(lambda crc, part: zlib.crc32(part.contiguous().numpy(), crc), (x, y, split), 0)           # a changed file is another run
-    return dict(name=pathlib.Path(path).stem, content=content, train=x[~split], train_labels=y[~split], test=x[split], test_labels=y[split], classes=names)
-
+        x = torch.cat([F.interpolate(part.float(), (64, 64), mode="bilinear", antialias=True)
+                       for part in x.split(1000)]).round().clamp(0, 255).byte()
+    test = torch.from_numpy(split.astype(np.int64)) == max(int(split.max()), 1)
+    return dict(name=source, classes=names, train=x[~test], train_labels=y[~test], test=x[test],
+                test_labels=y[test])
 
 def draw_glyphs(n, seed, side=28):
-    """n digits from the fonts that matplotlib ships, each shifted, rotated, scaled, slanted and thickened at random.
-
-    -> images (n, 1, side, side) uint8, white on black, labels (n,) int64. Nothing is downloaded; the same seed draws the same digits.
-    """
+    """n digits from matplotlib's fonts, each shifted, turned, scaled and slanted at random:
+    images (n, 1, side, side) uint8, white on black, and labels (n,)."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    fonts = ("DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic "
-             "STIXGeneral STIXGeneralBol STIXGeneralItalic cmr10 cmss10 cmtt10")
-    plates = []                                                                         # every digit of every font, large
-    for font in fonts.split():
+    from PIL import Image, ImageDraw, ImageFont
+    plates, g = [], torch.Generator().manual_seed(seed)
+    for name in "DejaVuSans DejaVuSans-Bold DejaVuSerif DejaVuSansMono STIXGeneralBol".split():
+        path = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
+        font = ImageFont.truetype(str(path), 58, layout_engine=ImageFont.Layout.BASIC)
         for digit in DIGITS:
-            figure = Figure(figsize=(1, 1), dpi=64, facecolor="black")
-            canvas = FigureCanvasAgg(figure)
-            path = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", font + ".ttf")
-            figure.text(0.5, 0.5, digit, font=path, size=58, color="white", ha="center", va="center_baseline")
-            canvas.draw()
-            plates.append(np.asarray(canvas.buffer_rgba())[:, :, 0].copy())
-    plates = torch.from_numpy(np.stack(plates)).float()[:, None] / 255                  # (fonts * 10, 1, 64, 64)
-    thick = torch.stack([plates, F.max_pool2d(plates, 3, 1, 1), F.max_pool2d(plates, 5, 1, 2)])     # (3, fonts * 10, 1, 64, 64)
-    g = torch.Generator().manual_seed(seed)
-    rand = lambda lo, hi: lo + (hi - lo) * torch.rand(n, generator=g)
-    which, stroke = torch.randint(len(plates), (n,), generator=g), torch.randint(3, (n,), generator=g)
-    angle, scale, slant, dx, dy = rand(-0.15, 0.15), rand(0.9, 1.1), rand(-0.1, 0.1), rand(-0.08, 0.08), rand(-0.08, 0.08)
-    cos, sin = angle.cos() * scale, angle.sin() * scale
+            plate = Image.new("L", (64, 64))
+            ImageDraw.Draw(plate).text((32, 32), digit, fill=255, font=font, anchor="mm")
+            plates.append(torch.from_numpy(np.array(plate)).float() / 255)
+    which = torch.randint(len(plates), (n,), generator=g)
+    plates, images = torch.stack(plates)[:, None], []             # (fonts * 10, 1, 64, 64)
+    jitter = 2 * torch.rand(5, n, generator=g, dtype=torch.float32) - 1
+    angle, scale, slant, dx, dy = jitter * torch.tensor([0.15, 0.1, 0.1, 0.08, 0.08])[:, None]
+    cos, sin = angle.cos() * (1 + scale), angle.sin() * (1 + scale)
     affine = torch.stack([cos, -sin + slant, dx, sin, cos, dy], dim=1).view(n, 2, 3)
-    images = []
     for i in torch.arange(n).split(2000):
         grid = F.affine_grid(affine[i], (len(i), 1, 2 * side, 2 * side), align_corners=False)
-        images.append(F.avg_pool2d(F.grid_sample(thick[stroke[i], which[i]], grid, align_corners=False), 2))
-    return (torch.cat(images) * 255).round().clamp(0, 255).to(torch.uint8), which % 10
-
+        images.append(F.avg_pool2d(F.grid_sample(plates[which[i]], grid, align_corners=False), 2))
+    return (torch.cat(images) * 255).round().clamp(0, 255).byte(), which % 10
 
 def choose(data, forget):
-    """Split a data set by what to forget: 'automobile,dog' or '3,7' or 'Bangs' (names in any case, or numbers).
-
-    Adds chosen (their names) and forget (class numbers) to data, and turns attribute data into two classes, 'no Bangs' and 'Bangs'.
-    """
+    """What to forget: '3,7', 'automobile,dog', 'Bangs' (names in any case, or numbers). Adds chosen
+    (names), forget (classes), checksum; attributes become two classes, 'no Bangs' and 'Bangs'."""
     names, numbers = data["classes"], []
-    for word in forget.split(","):
-        word = word.strip()
-        if not word:
-            raise UsageError("--forget is empty: name at least one class, for instance --forget 3,7")
-        matches = [i for i, name in enumerate(names) if name == word] or [i for i, name in enumerate(names) if name.lower() == word.lower()]
-        if not matches and word.isdecimal() and int(word) < len(names):
-            matches = [int(word)]
-        if not matches:
-            raise UsageError(f"--forget {forget}: no class {word!r} in {data['name']}; choose from {', '.join(names)}")
-        if len(matches) > 1:
-            raise UsageError(f"--forget {forget}: {word!r} may be any of {', '.join(f'{names[i]} ({i})' for i in matches)}; write it as it stands there, or its number")
-        if matches[0] in numbers:
-            raise UsageError(f"--forget {forget}: {names[matches[0]]} is listed twice")
-        numbers += matches
-    data = dict(data, chosen=",".join(names[i] for i in numbers))
+    for word in [word.strip() for word in forget.split(",")]:
+        found = [i for i, name in enumerate(names) if name == word]
+        found = found or [i for i, v in enumerate(names) if word.lower() in (v.lower(), str(i))]
+        require(len(found) == 1 and found[0] not in numbers, f"--forget {forget}: {word!r} must be "
+                f"one class, once, of {', '.join(names)}, or its number from 0")
+        numbers += found
+    data = dict(data, chosen=",".join(names[i] for i in numbers), forget=numbers)
     if data["train_labels"].dim() == 2:
+        yes = data["chosen"].replace(",", "+")
+        data.update(classes=[f"no {yes}", yes], forget=[1])
         for key in ("train_labels", "test_labels"):
             data[key] = data[key][:, numbers].any(1).long()
-        chosen = "+".join(names[i] for i in numbers)
-        names, numbers = [f"no {chosen}", chosen], [1]
-    if len(numbers) == len(names):
-        raise UsageError(f"--forget {forget}: nothing would be left to keep")
-    reserved = ("total", "n", "ci95")                                                   # what else a ratio in results.json consists of
-    data.update(classes=[f"class {name}" if name in reserved else name for name in names], forget=numbers)
     for key in ("train", "test"):
-        if not 0 < int(is_forgotten(data, key).sum()) < len(data[key]):
-            raise UsageError(f"--forget {forget}: the {key} images of {data['name']} have nothing to forget or nothing to keep")
-    return data
-
+        require(0 < is_forgotten(data, key).sum() < len(data[key]), f"--forget {forget}: of the "
+                f"{key} images nothing would be forgotten, or nothing would be left")
+    return dict(data, checksum=checksum(v for v in data.values() if torch.is_tensor(v)))
 
 def is_forgotten(data, key):
     """(N,) bool: which of data['train'] or data['test'] are to be forgotten."""
     return torch.isin(data[key + "_labels"], torch.tensor(data["forget"]))
 
+def checksum(tensors):
+    """One number for the content of tensors."""
+    arrays = (tensor.detach().cpu().contiguous().numpy() for tensor in tensors)
+    return functools.reduce(lambda crc, array: zlib.crc32(array, crc), arrays, 0)
 
-# =====================================================================================================================
-# 9. The judge: a classifier trained on the real data. It says what a sample shows (unlearning ratio), how sure it is, and,
-# by the distance of its features, how far kept samples are from kept images. That distance is NOT the FID: another network.
-# =====================================================================================================================
+# ==== 9. The judge: a classifier of the real images, with one more class, "none of these" =========
+#
+# It says what a sample shows (the unlearning ratio), whether it shows anything, and by its features
+# how far samples are from real images: NOT the FID, which has another network.
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
 
 class Judge(nn.Module):
-    """A nine-layer residual network, (B, C, H, W) in [-1, 1] -> logits (B, K); features(x): (B, 8 width)."""
-
+    """A nine-layer residual network, (B, C, H, W) in [-1, 1] -> logits (B, classes)."""
     def __init__(self, image_channels, classes, width):
         super().__init__()
-        def conv(c_in, c_out, pool):
-            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(),
-                                 nn.MaxPool2d(2) if pool else nn.Identity())
         self.config = dict(image_channels=image_channels, classes=classes, width=width)
-        w = width
-        self.stem, self.two = conv(image_channels, w, False), conv(w, 2 * w, True)
-        self.res2, self.four = nn.Sequential(conv(2 * w, 2 * w, False), conv(2 * w, 2 * w, False)), conv(2 * w, 4 * w, True)
-        self.eight, self.res8 = conv(4 * w, 8 * w, True), nn.Sequential(conv(8 * w, 8 * w, False), conv(8 * w, 8 * w, False))
+        def conv(c, d, last=nn.Identity()):
+            layer = nn.Conv2d(c, d, 3, padding=1, bias=False)
+            return nn.Sequential(layer, nn.BatchNorm2d(d), nn.ReLU(), last)
+        w, half = width, nn.MaxPool2d(2)
+        self.stem = conv(image_channels, w)
+        self.body = nn.Sequential(
+            conv(w, 2 * w, half), Residual(conv(2 * w, 2 * w), conv(2 * w, 2 * w)),
+            conv(2 * w, 4 * w, half), conv(4 * w, 8 * w, half),
+            Residual(conv(8 * w, 8 * w), conv(8 * w, 8 * w)))
         self.head = nn.Linear(8 * w, classes)
         self.to(memory_format=torch.channels_last)
 
     def features(self, x):
+        """(B, C, H, W) -> (B, 8 width)."""
         large, x = x.shape[2] > 32, self.stem(x.contiguous(memory_format=torch.channels_last))
-        x = self.two(F.max_pool2d(x, 2) if large else x)                                # 64 pixels: from here on as 32 are seen
-        x = self.eight(self.four(x + self.res2(x)))
-        return (x + self.res8(x)).amax((2, 3))
+        return self.body(F.max_pool2d(x, 2) if large else x).amax((2, 3))   # 64 pixels: then as 32
 
     def forward(self, x):
         return self.head(self.features(x))
 
+def none_of_these(x, g):
+    """Images x: (B, C, H, W) in [-1, 1] -> as many that are none, each of a random kind."""
+    (b, c, h, w), p = x.shape, x.shape[2] // 4
+    strength, shade, coin = torch.rand(3, b, 1, 1, 1, generator=g)
+    z, other = torch.randn(x.shape, generator=g), x.roll(1, 0)
+    smooth = F.interpolate(2 * torch.randn(b, c, p, p, generator=g), size=(h, w), mode="bilinear")
+    z = torch.where(coin < 0.5, z, smooth)
+    both = torch.where(coin < 0.5, torch.maximum(x, other), (x + other) / 2)
+    patches = x.reshape(b, c, 4, p, 4, p).permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
+    patches = patches[torch.randperm(16, generator=g)].view(4, 4, b, c, p, p)
+    dots = torch.where(torch.rand(x.shape, generator=g) < 0.15 * strength, 1.0, -1.0)
+    kinds = [2 * shade - 1 + 2 * strength * z,                    # noise of any shade and strength
+             x + (0.8 + 1.2 * strength) * z, both,                # an image under it; two at once
+             patches.permute(2, 3, 0, 4, 1, 5).reshape(x.shape), dots]      # shuffled patches
+    which = torch.randint(5, (b,), generator=g)
+    return torch.stack(kinds)[which, torch.arange(b)].clamp(-1, 1)
 
-def train_judge(data, width=16, epochs=4, lr=6e-3, batch_size=256, flip=False, precision="float32", device="cpu", seed=0):
-    """A Judge of data, by AdamW, one cycle of the rate, random shifts (and flips), label smoothing; a generator that yields
-    (step, steps, judge) after every step; the judge is ready when it is exhausted: for step, steps, judge in train_judge(data): pass."""
-    x, y = data["train"].to(device), data["train_labels"].to(device)
-    if len(x) < 2 * batch_size:
-        batch_size = max(len(x) // 16, 2)                                               # a handful of images still wants some steps an epoch
+def train_judge(data, width=16, steps=1000, lr=4e-3, batch_size=256, precision="float32",
+                device="cpu", seed=0, state=None):
+    """A Judge of data, with random shifts, flips of colour images and label smoothing; a fifth of
+    every batch is none_of_these, the last class. A job, see finish, that reports judge."""
+    x, y, none = data["train"], data["train_labels"], len(data["classes"])
+    side, pad, kind = x.shape[2], max(x.shape[2] // 14, 2), torch.device(device).type
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = Judge(x.shape[1], len(data["classes"]), width).to(device)
-    g = torch.Generator().manual_seed(seed)
-    per_epoch = max(len(x) // batch_size, 1)
-    steps = epochs * per_epoch
-    optimiser = torch.optim.AdamW(judge.parameters(), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.2 if steps > 9 else 0.3)       # 0.2 of 5 steps divides by 0
-    pad = max(x.shape[2] // 14, 2)
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = torch.randperm(len(x), generator=g)
-        batch = order[step % per_epoch * batch_size:][:batch_size].to(device)
-        i, j, mirror = *torch.randint(2 * pad + 1, (2,), generator=g).tolist(), flip and torch.rand(1, generator=g) < 0.5
-        image = F.pad(x[batch].float() / 127.5 - 1, [pad] * 4, value=-1.)[:, :, i:i + x.shape[2], j:j + x.shape[3]]
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = F.cross_entropy(judge(image.flip(3) if mirror else image), y[batch], label_smoothing=0.05)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        yield step + 1, steps, judge
-    judge.eval()
-
-
-class ClipJudge(nn.Module):
-    """CLIP as the paper uses it: zero-shot class prompts; features(x) are its normalised image embeddings. Needs open_clip.
-
-    weights: a name or a file that open_clip.create_model accepts, or None for random weights (tests).
-    """
-
-    def __init__(self, classes, name="ViT-B-32", weights="openai"):
-        super().__init__()
-        try:
-            import open_clip
-        except ImportError:
-            raise UsageError("--judge clip needs open_clip: pip install open_clip_torch, or use --judge cnn") from None
-        try:
-            self.clip = open_clip.create_model(name, pretrained=weights).eval().requires_grad_(False)
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UsageError(f"--judge clip: the weights {weights} of {name} are not here and cannot be fetched ({reason}); use --judge cnn") from None
-        size = self.clip.visual.image_size
-        self.size = size[0] if isinstance(size, (tuple, list)) else size
-        tokens = open_clip.get_tokenizer(name)([f"a photo of {'the digit ' if c.isdigit() else ''}{c}" for c in classes])
-        with torch.no_grad():
-            self.register_buffer("text", F.normalize(self.clip.encode_text(tokens), dim=1))
-        self.register_buffer("mean", torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None])
-
-    def features(self, x):                                                              # (B, C, H, W) in [-1, 1] -> (B, F)
-        x = F.interpolate(x.expand(-1, 3, -1, -1), size=(self.size, self.size), mode="bicubic", antialias=True)
-        return F.normalize(self.clip.encode_image(((x + 1) / 2 - self.mean) / self.std), dim=1)
-
-    def head(self, f):
-        return 100 * f @ self.text.T
-
+        judge = Judge(x.shape[1], none + 1, width).to(device)
+    def gradients(step):
+        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        rows = torch.randint(len(x), (batch_size,), generator=g)
+        i, j, flip = torch.randint(2 * pad + 1, (3,), generator=g).tolist()
+        image, label = F.pad(x[rows].float() / 127.5 - 1, [pad] * 4, value=-1.0), y[rows]
+        image = image[:, :, i:i + side, j:j + side]
+        image = image.flip(3) if flip % 2 and x.shape[1] == 3 else image.clone()
+        image[::5], label[::5] = none_of_these(image[::5], g), none
+        judge.train()
+        with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
+            logits = judge(image.to(device, judge.head.weight.dtype))
+            F.cross_entropy(logits, label.to(device), label_smoothing=0.05).backward()
+        return dict(judge=judge)
+    return descend(judge, None, steps, lr, gradients, state)
 
 @torch.no_grad()
 def opinions(judge, x):
-    """x: (N, C, H, W) uint8 -> the judge's probabilities (N, K) and features (N, F), float32 on the CPU."""
-    device, probs, features = next(judge.parameters()).device, [], []
+    """x: (N, C, H, W) uint8 -> probabilities (N, K) and features (N, F), float32 on the CPU."""
+    need(x.dtype == torch.uint8, f"judge uint8 levels, not {x.dtype}; see to_levels")
+    p, probs, features = next(judge.parameters()), [], []
     judge.eval()
     for part in x.split(500):
-        f = judge.features(part.to(device).float() / 127.5 - 1)
+        f = judge.features(part.to(p.device, p.dtype) / 127.5 - 1)
         features.append(f.float().cpu())
         probs.append(judge.head(f).softmax(1).float().cpu())
     return torch.cat(probs), torch.cat(features)
 
-
-def shows_forgotten(judge, data, images):
-    """(N,) bool: which images (N, C, H, W) uint8 the judge calls one of the classes to forget."""
-    return torch.isin(opinions(judge, images)[0].argmax(1), torch.tensor(data["forget"]))
-
-
 def wilson(k, n, z=1.959964):
-    """95% interval [lo, hi] of a proportion k/n (Wilson), a fraction."""
-    centre, spread = (k + z * z / 2) / (n + z * z), z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
-    return [max(0.0, centre - spread), min(1.0, centre + spread)]
+    """95% interval [lo, hi] of a proportion k/n (Wilson), fractions."""
+    centre, half = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
+    return [max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))]
 
+def paired(a, b):
+    """a - b on the same n samples, (n,) each: its mean and 95% interval (for n = 1: None)."""
+    d, mean = a.double() - b.double(), float((a.double() - b.double()).mean())
+    half = 1.959964 * float(d.std(correction=min(1, len(d) - 1))) / math.sqrt(len(d))
+    return dict(mean=mean, ci95=[mean - half, mean + half] if len(d) > 1 else None)
 
 def frechet(f1, f2):
-    """Squared Frechet distance of the Gaussians fitted to features f1: (N, F) and f2: (M, F); N and M at least 2."""
+    """Squared Frechet distance of the Gaussians fitted to features f1: (N, F) and f2: (M, F)."""
+    def root(c):
+        values, axes = torch.linalg.eigh(c)
+        return (axes * values.clamp(min=0).sqrt()) @ axes.T
     (m1, c1), (m2, c2) = ((f.double().mean(0), torch.cov(f.double().T)) for f in (f1, f2))
-    root = lambda c: (lambda l, v: (v * l.clamp(min=0).sqrt()) @ v.T)(*torch.linalg.eigh(c))
-    r = root(c1)
-    return max(float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * root(r @ c2 @ r).trace()), 0.0)
+    cross = root(root(c1) @ c2 @ root(c1)).trace()
+    return max(float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross), 0.0)
 
+def judged(probs, features, data, reference, real=None):
+    """What the results say of images. probs: (N, K), features: (N, F); reference: features of real
+    images of D_g, to which the distance is; real: more of them, of which as many as were kept are
+    measured too, since the distance is biased by n. Shares are in [0, 1]."""
+    n, names, label = len(probs), data["classes"], probs.argmax(1)
+    hit, none = torch.isin(label, torch.tensor(data["forget"])), label >= len(names)
+    share, k = {v: int((label == c).sum()) / n for c, v in enumerate(names)}, int(hit.sum())
+    ratio = {names[c]: share[names[c]] for c in data["forget"]}
+    def distance(f):
+        return frechet(f, reference) if min(len(f), len(reference)) > 1 else None
+    return dict(unlearning_ratio=dict(ratio, total=k / n, n=n, ci95=wilson(k, n)), kept=n - k,
+                unsure=int((none | (probs.amax(1) < 0.5)).sum()) / n, none=int(none.sum()) / n,
+                class_histogram=share, frechet_kept=distance(features[~hit]),
+                frechet_real=None if real is None else distance(real[:n - k]))
 
-def judged(probs, features, data, reference):
-    """What the results say of generated images. probs: (N, K), features: (N, F), reference: features (M, F) of real D_g images.
+# ==== 10. The command: python sgu.py --dataset mnist --forget 3,7 =================================
 
-    -> dict(unlearning_ratio with a share per forgotten class, total, n and ci95; unsure, class_histogram, frechet_kept), shares in [0, 1].
-    unsure: no class reaches 1/2. None for two classes, one of which always does.
-    """
-    n, classes = probs.shape
-    label, forgotten = probs.argmax(1), torch.tensor(data["forget"])
-    hit = torch.isin(label, forgotten)
-    share = {data["classes"][c]: int((label == c).sum()) / n for c in range(classes)}
-    kept = features[~hit]
-    return dict(unlearning_ratio={**{data["classes"][c]: share[data["classes"][c]] for c in data["forget"]},
-                                  "total": int(hit.sum()) / n, "n": n, "ci95": wilson(int(hit.sum()), n)},
-                unsure=int((probs.amax(1) < 0.5).sum()) / n if classes > 2 else None, class_histogram=share,
-                frechet_kept=frechet(kept, reference) if min(len(kept), len(reference)) > 1 else None)
+class Method(NamedTuple):
+    """A way to make a model."""
+    title: str
+    loss: Any = None                 # of D_f; None: the keep loss alone
+    alpha: Any = None                # Eq. 11
+    keep: str = "D_g"                # what the keep loss sees: D or D_g
+    start: str = ""                  # 'scratch' or 'standard'; '': as --training says
+    share: float = 0.15              # of --steps, if it starts from Standard
+    pace: float = 1.0                # of --lr, if it starts from Standard
+    window: tuple = EVERY_SIGMA      # the sigma at which the loss of D_f acts
+    power: float = 0.5               # of its balanced_weight
+    prepare: Any = None              # (Standard's score, arguments of train) -> arguments of train
 
+def with_reference(score, arguments):
+    """For losses that want Standard's score as their reference."""
+    loss = functools.partial(arguments["forget_loss"], reference=score)
+    return dict(arguments, forget_loss=loss)
 
-# =====================================================================================================================
-# 10. The command: python sgu.py --dataset mnist --forget 3,7
-# =====================================================================================================================
-
-# How to fine-tune: (share of --steps, share of --lr, the noise levels sigma at which the forget loss acts, the forget loss's weight).
-# What harms the longer it acts gets few, small steps. The optimum of the relative loss is bounded, and it can take its time; guidance
-# pays where digits are decided, and only there. NegGrad and SISS are BRIEF with the weight of squares. Section 7 says why.
-BRIEF, LONG = (0.09, 0.5, (0., 6.), forget_weight), (0.15, 1.0, (0.2, 3.), keep_weight)
-SQUARES = BRIEF[:3] + (keep_weight,)
-METHODS = dict(             # name: (what it is trained on, forget loss, its default alpha, how to fine-tune)
-    standard=("D", None, 1.0, LONG),
-    unseen=("D_g", None, 1.0, LONG),
-    orthogonal=("D_g, D_f", orthogonal_loss, 0.8, BRIEF),
-    obtuse=("D_g, D_f", obtuse_loss, 0.85, BRIEF),
-    relative=("D_g, D_f", relative_loss, 0.55, LONG),              # ours: obtuse relative to Standard
-    finetune=("D_g", None, 1.0, LONG),                             # the rivals: see section 3 and train()
-    neggrad=("D_g, D_f", neggrad_loss, 0.95, SQUARES),
-    siss=("D_g, D_f", neggrad_loss, 0.9, SQUARES),              # 1 - alpha: the forget gradient's share of the keep gradient
-    erasediff=("D_g, D_f", erasediff_loss, 0.9, BRIEF),
-    erasediff_zero=("D_g, D_f", erasediff_zero_loss, 0.9, BRIEF),
-    salun=("D_g, D_f", obtuse_loss, 0.85, BRIEF),
-    fisher=("D_g, D_f", neggrad_loss, 0.95, SQUARES),
-)
-TITLES = dict(standard="Standard", unseen="Unseen", orthogonal="SGU-Orthogonal", obtuse="SGU-Obtuse", relative="SGU-Relative", finetune="fine-tuning",
-              neggrad="NegGrad+", siss="SISS", erasediff="EraseDiff", erasediff_zero="EraseDiff, mean 0", salun="SalUn mask, obtuse", fisher="NegGrad+, Fisher")
-SAMPLERS = dict(em=euler_maruyama, pc=predictor_corrector, ode=ode_sample, ancestral=ancestral_sample)
-EVALUATIONS = dict(em=1, pc=2, ode=2, ancestral=1)                  # of the network in one step
-
+METHODS = dict(
+    standard=Method("Standard", keep="D", start="scratch"),
+    unseen=Method("Unseen", start="scratch"),
+    orthogonal=Method("SGU-Orthogonal", orthogonal_loss, 0.8, share=0.09, pace=0.5,
+                      window=(0.0, 6.0)),
+    obtuse=Method("SGU-Obtuse", obtuse_loss, 0.85, share=0.09, pace=0.5, window=(0.0, 6.0)),
+    relative=Method("SGU-Relative", relative_loss, 0.55, start="standard", power=1.0,
+                    window=(0.2, 3.0), prepare=with_reference),   # where digits take shape
+    finetune=Method("fine-tuning", start="standard"))
 TASKS = ("sample", "likelihood", "inpaint", "reconstruct")
+SAMPLER_STEPS = dict(em=120, pc=100, ancestral=100, multistep=20, ode=18)
+COLUMNS = ("channels blocks patch data_std noise_law sampler steps batch_size lr samples "
+           "likelihood_samples judge_width judge_steps").split()
+SMALL, LARGE = ((32, 64), 1, 2, 1.0, DIGIT_NOISE), ((64, 128), 2, 2, 1.0, DIGIT_NOISE)
+PHOTO = (0.5, PHOTO_NOISE, "ode")
+PRESETS = {         # (data set or largest side of the image, device): COLUMNS
+    ("glyphs", "cpu"): (*SMALL, "multistep", 800, 64, 4e-3, 400, 20, 8, 150),
+    (28, "cpu"): (*SMALL, "multistep", 6000, 64, 4e-3, 2000, 100, 8, 1200),
+    (28, "cuda"): (*LARGE, "multistep", 8000, 256, 4e-3, 10000, 500, 32, 1900),
+    (32, "cpu"): ((16, 48, 96), (1, 2, 1), 1, *PHOTO, 15000, 64, 4e-3, 500, 100, 16, 2000),
+    (32, "cuda"): ((64, 128, 256), 2, 1, *PHOTO, 20000, 256, 3e-3, 10000, 500, 64, 4700),
+    (64, "cpu"): ((32, 64, 128), 1, 2, *PHOTO, 4000, 32, 4e-3, 500, 50, 16, 1500),
+    (64, "cuda"): ((96, 192, 384), 1, 2, *PHOTO, 20000, 128, 3e-3, 10000, 250, 64, 4000)}
 
-# What fits a machine. side of the image, kind of device -> network, training, how much to measure, network evaluations a sample.
-PRESETS = {
-    ("glyphs", "cpu"): dict(channels=(16, 32), patch=2, blocks=1, steps=1150, batch_size=64, lr=8e-3, samples=400, evaluations=60, likelihood_samples=20, noise_law=DIGIT_NOISE, judge=(8, 3)),
-    (28, "cpu"): dict(channels=(32, 64), patch=2, blocks=1, steps=5000, batch_size=64, lr=5e-3, samples=2000, evaluations=120, likelihood_samples=100, noise_law=DIGIT_NOISE, judge=(8, 5)),
-    (28, "gpu"): dict(channels=(64, 128), patch=2, blocks=2, steps=6000, batch_size=256, lr=2e-3, samples=10000, evaluations=120, likelihood_samples=1000, noise_law=DIGIT_NOISE, judge=(32, 8)),
-    (32, "cpu"): dict(channels=(48, 96), patch=2, blocks=1, steps=8000, batch_size=64, lr=3e-3, samples=500, evaluations=100, likelihood_samples=100, noise_law=PHOTO_NOISE, judge=(16, 10)),
-    (32, "gpu"): dict(channels=(192, 384), patch=2, blocks=1, steps=20000, batch_size=256, lr=1e-3, samples=10000, evaluations=100, likelihood_samples=500, noise_law=PHOTO_NOISE, judge=(64, 24)),
-    (64, "cpu"): dict(channels=(32, 64, 128), patch=2, blocks=1, steps=3000, batch_size=32, lr=2e-3, samples=500, evaluations=100, likelihood_samples=32, noise_law=PHOTO_NOISE, judge=(16, 10)),
-    (64, "gpu"): dict(channels=(96, 192, 384), patch=2, blocks=1, steps=20000, batch_size=128, lr=1e-3, samples=10000, evaluations=100, likelihood_samples=250, noise_law=PHOTO_NOISE, judge=(64, 30)),
-}
-PRESETS["stl10", "cpu"] = PRESETS[64, "cpu"] | dict(judge=(16, 20))                     # its judge has 5,000 images to learn from
-PRESETS["stl10", "gpu"] = PRESETS[64, "gpu"] | dict(judge=(64, 80))
+def within(kind, low, high=2**31 - 1):
+    """What an option may be: a number in [low, high]."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
+        return kind(text)
+    return number
 
-
-def option(default, text, **kw):
-    return dataclasses.field(default=default, metadata=dict(help=text, **kw))
-
-
-@dataclasses.dataclass
-class Options:
-    """Every option of the command. None means: the preset of this data set and device (PRESETS), printed at the start."""
-    dataset: str = option("glyphs", "glyphs (drawn from fonts), mnist, fashion, kmnist, cifar10, stl10, celeba, or the path of an .npz")
-    forget: str = option(None, "what to forget: class or attribute names or numbers, separated by commas", metavar="3,7")
-    methods: str = option("standard,unseen,orthogonal,obtuse,relative", "which models to make, of " + ", ".join(METHODS))
-    training: str = option("finetune", "how models with a forget loss are made: fine-tuned from Standard, or retrained from scratch (relative, salun and fisher, which look at Standard, are always fine-tuned)", choices=("finetune", "retrain"))
-    pretrained: str = option(None, "a standard.pt of an earlier run to start from instead of training Standard", metavar="FILE")
-    sde: str = option(None, "noise schedule (default ve for glyphs, mnist, fashion and kmnist, else vp)", choices=("ve", "vp", "ddpm"))
-    alpha: float = option(None, "weight of the keep loss in Eq. 11, in [0, 1]; 1 - alpha weighs the forget loss (default: the method's own, in METHODS)")
-    forget_window: str = option(None, "times t between which the forget loss acts (default: the method's own)", metavar="LO,HI")
-    weighting: str = option("balanced", "weight of the forget loss: balanced over noise levels (the method's own, in METHODS), noise units, or the paper's lambda(t); the keep loss stays balanced", choices=("balanced", "noise", "paper"))
-    steps: int = option(None, "training steps of Standard and Unseen")
-    unlearn_steps: int = option(None, "fine-tuning steps of the SGU models (default: the method's own, 9 or 15%% of --steps)")
-    batch_size: int = option(None, "images per step")
-    lr: float = option(None, "peak learning rate of Adam")
-    unlearn_lr: float = option(None, "peak learning rate of the fine-tuning (default: the method's own, --lr or half of it)")
-    sampler: str = option(None, "for the task sample: em, pc, ode, or ancestral (default em for ve, else ancestral); the tasks inpaint and reconstruct take em's steps", choices=tuple(SAMPLERS))
-    sampler_steps: int = option(None, "sampler steps (default: as many as spend the evaluations of the network that the preset allows a sample)")
-    samples: int = option(None, "images to draw from each model")
-    likelihood_samples: int = option(None, "test images of D_g and of D_f whose likelihood is computed; as many are inpainted and reconstructed")
-    judge: str = option("cnn", "who judges: our own network trained on the data, or CLIP through open_clip where it is installed", choices=("cnn", "clip"))
-    tasks: str = option("sample,likelihood", "what to measure: sample, likelihood, inpaint, reconstruct")
-    device: str = option("auto", "auto (cuda where there is one, else cpu), cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option(None, "arithmetic of the networks, but for likelihoods, which are always float32 (default bfloat16 on cuda, else float32)", choices=("float32", "bfloat16"))
-    compile: bool = option(False, "torch.compile the network: pays in long runs on a GPU")
-    seed: int = option(0, "one number decides everything random")
-    data_root: str = option("data", "folder of the data sets; missing files are downloaded there", metavar="DIR")
-    out: str = option(None, "folder of the results (default runs/<dataset>-<forget>, then -<sde> if not the default, -retrain)", metavar="DIR")
-    fresh: bool = option(False, "delete what an earlier run left in --out and start over")
-
+def some_of(names):
+    """What an option may be: some of names, separated by commas."""
+    def check(text):
+        words = [word.strip() for word in text.split(",")]
+        for word in words:
+            need(word in names and words.count(word) == 1, f"{word!r} must be one of "
+                 f"{', '.join(names)}, once", argparse.ArgumentTypeError)
+        return ",".join(words)
+    return check
 
 def parse_options(argv=None):
-    """argv -> Options; one line and exit code 2 for what argparse can judge alone."""
-    parser = argparse.ArgumentParser(prog="sgu.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"sgu: {message}\n")
-    for field in dataclasses.fields(Options):
-        meta = {k: v for k, v in field.metadata.items()}
-        if field.default is None:
-            meta["default"] = argparse.SUPPRESS                                         # the help text says where it comes from
-        if field.type is bool:
-            parser.add_argument("--" + field.name.replace("_", "-"), action="store_true", help=meta["help"])
-        else:
-            parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, **{"default": field.default, **meta})
-    return Options(**vars(parser.parse_args(argv)))
+    """argv -> the options of the command, checked. Raises UsageError."""
+    parser = argparse.ArgumentParser("sgu.py", allow_abbrev=False,
+                                     description=__doc__.splitlines()[0])
+    def refuse(message):
+        raise UsageError(message.removeprefix("argument "))
+    def add(name, kind, text, default=None):
+        how = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind)
+        how = dict(action="store_true") if kind is bool else dict(how, metavar="X", default=default)
+        text += f" [{default}]" if default else ""
+        parser.add_argument(f"--{name}", help=text.replace("%", "%%"), **how)
+    parser.error, count = refuse, within(int, 1)
+    add("dataset", str, ", ".join(DATASETS) + ", or the path of an .npz", "glyphs")
+    add("forget", str, "names or numbers of classes or attributes, as in 3,7")
+    default = "standard,unseen,orthogonal,obtuse,relative"
+    add("methods", some_of(METHODS), ", ".join(METHODS), default)
+    add("training", ("finetune", "retrain"), "SGU on from Standard, or from nothing", "finetune")
+    add("recipe", tuple(RECIPES), "balanced (see section 7), or paper", "balanced")
+    add("pretrained", str, "the standard.pt of an earlier run, for Standard")
+    add("sde", tuple(SCHEDULES), "ve, vp or ddpm (default: ve for digits, else vp)")
+    add("alpha", within(float, 0, 1), "of Eq. 11 (default: the method's)")
+    add("steps", count, "of Standard and Unseen (default, as below: see PRESETS)")
+    add("unlearn-steps", count, "on from Standard (default: 9 or 15% of --steps)")
+    add("batch-size", count, "images per step")
+    add("lr", within(float, 1e-9, 10), "peak learning rate")
+    add("sampler", tuple(SAMPLERS), ", ".join(SAMPLERS))
+    add("sampler-steps", count, f"(default: {SAMPLER_STEPS})")
+    add("samples", count, "images to draw from each model")
+    add("likelihood-samples", count, "test images of D_g and of D_f, for the other tasks")
+    add("tasks", some_of(TASKS), ",".join(TASKS), "sample,likelihood")
+    add("device", ("auto", "cpu", "cuda"), "where to compute", "auto")
+    add("precision", ("float32", "bfloat16"), "of training and sampling")
+    add("compile", bool, "torch.compile the network: pays in long runs on a GPU")
+    add("seed", within(int, 0), "one number decides everything random", 0)
+    add("data-root", str, "folder of the data sets", "data")
+    add("out", str, "folder of the results (default: runs/<dataset>-<forget>...)")
+    add("fresh", bool, "overwrite what is in --out instead of going on from it")
+    return parser.parse_args(argv)
 
+def Options(**given):
+    """The options of the command by name, in Python: checked as on the command line."""
+    return parse_options(as_arguments(given))
 
-def resolve(opt):
-    """Fill in presets and check everything that can be checked before any work. Returns (opt, device, data)."""
-    def require(ok, message):
-        if not ok:
-            raise UsageError(message)
-    opt = dataclasses.replace(opt)
-    kinds = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if opt.device == "auto":
-        opt.device = "cuda" if kinds["cuda"] else "cpu"
-    require(kinds[opt.device], f"--device {opt.device}: this machine or this build of torch has none; use --device cpu")
-    opt.precision = opt.precision or ("bfloat16" if opt.device == "cuda" else "float32")
-    opt.methods, opt.tasks = (",".join(word.strip() for word in words.split(",")) for words in (opt.methods, opt.tasks))
-    methods = opt.methods.split(",")
-    for name in methods:
-        require(name in METHODS, f"--methods: unknown method {name!r}; choose from {', '.join(METHODS)}")
-    require(len(set(methods)) == len(methods), f"--methods {opt.methods}: a method is listed twice")
-    tuned = [m for m in methods if fine_tuned(m, opt)]
-    require(not opt.pretrained or "standard" in methods, "--pretrained: is the standard model of this run, so --methods must list standard")
-    require(not tuned or "standard" in methods, f"--methods: {', '.join(tuned)} by fine-tuning needs standard in the list too")
-    for name in opt.tasks.split(","):
-        require(name in TASKS, f"--tasks: unknown task {name!r}; choose from {', '.join(TASKS)}")
-    require(opt.alpha is None or 0 <= opt.alpha <= 1, f"--alpha must be in [0, 1], not {opt.alpha}")
-    if opt.alpha == 0 and any(METHODS[m][1] and m != "siss" for m in methods):         # siss always keeps the keep gradient
-        print("sgu: warning: --alpha 0 drops the keep loss, so everything will be forgotten", file=sys.stderr)
-    try:
-        lo, hi = map(float, (opt.forget_window or "0,1").split(","))
-    except ValueError:
-        raise UsageError(f"--forget-window {opt.forget_window}: give two times, for instance 0,0.8") from None
-    require(0 <= lo < hi <= 1, f"--forget-window {opt.forget_window}: needs 0 <= lo < hi <= 1")
-    require(opt.dataset in DATASETS or opt.dataset.endswith(".npz"), f"--dataset: unknown data set {opt.dataset!r}; choose from {', '.join(DATASETS)}, or give the path of an .npz file")
-    default_forget, default_sde, _ = DATASETS.get(opt.dataset, (None, "vp", ""))
-    opt.forget, opt.sde = default_forget if opt.forget is None else opt.forget, opt.sde or default_sde
-    require(opt.forget is not None, "--forget: say what to forget, for instance --forget 3,7")
-    opt.sampler = opt.sampler or ("em" if opt.sde == "ve" else "ancestral")
-    for name in ("steps", "unlearn_steps", "batch_size", "lr", "unlearn_lr", "sampler_steps", "samples", "likelihood_samples"):
-        value = getattr(opt, name)
-        require(value is None or 0 < value < 2 ** 31, f"--{name.replace('_', '-')} must be positive and below 2^31, not {value}")
-    require(opt.sampler != "ancestral" or opt.sde != "ddpm" or (opt.sampler_steps or 1) <= DDPM().n_steps, f"--sampler-steps: the chain has {DDPM().n_steps} steps, not {opt.sampler_steps}")
-    require(0 <= opt.seed < 2 ** 31, f"--seed must be in 0..{2 ** 31 - 1}, not {opt.seed}")
-    if opt.judge == "clip":
-        import importlib.util
-        require(importlib.util.find_spec("open_clip"), "--judge clip needs open_clip: pip install open_clip_torch, or use --judge cnn")
-
-    data = choose(load_data(opt.dataset, opt.data_root), opt.forget)
-    opt.forget = data["chosen"]                                                         # ' 3, 7' and '3,7' are the same run
-    variant = ("-" + opt.sde if opt.sde != default_sde else "") + ("-retrain" if opt.training == "retrain" else "")
-    opt.out = opt.out or f"runs/{pathlib.Path(opt.dataset).stem}-{opt.forget.replace('/', '-')}{variant}"
-    out = pathlib.Path(opt.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch(), (out / ".writable").unlink()
-    except OSError as error:
-        raise UsageError(f"--out {opt.out}: cannot write there ({error.strerror}); choose another folder") from None
-    require(opt.judge != "clip" or data["train"].shape[1] in (1, 3), f"--judge clip sees grey or RGB images; these have {data['train'].shape[1]} channels")
-    side, kind = data["train"].shape[2], "cpu" if opt.device == "cpu" else "gpu"
-    preset = PRESETS.get((data["name"], kind)) or PRESETS[28 if side <= 28 else 32 if side <= 32 else 64, kind]
-    if opt.sampler_steps is None:
-        opt.sampler_steps = preset["evaluations"] // EVALUATIONS[opt.sampler]
-    for name in ("steps", "batch_size", "lr", "samples", "likelihood_samples"):
-        if getattr(opt, name) is None:
-            setattr(opt, name, preset[name])
-    network = dict(image_channels=data["train"].shape[1], channels=list(preset["channels"]), blocks=preset["blocks"], patch=preset["patch"], attention=True)
-    if opt.pretrained:
-        load_model(opt.pretrained)
-        saved = read_checkpoint(opt.pretrained)
-        require(saved.get("finished") and saved["sde"] == opt.sde and saved["network"]["image_channels"] == network["image_channels"],
-                f"--pretrained {opt.pretrained}: holds no finished {opt.sde} model of {network['image_channels']}-channel images")
-        network = saved["network"]
-    unit = network["patch"] * 2 ** (len(network["channels"]) - 1)
-    require(side % unit == 0 and side >= 8, f"images of {data['name']} are {side} pixels wide; this network needs a width that divides by {unit}, 8 or more")
-    data.update(preset=preset, network=network)
-    return opt, torch.device(opt.device), data
-
-
-def fine_tuned(method, opt):
-    """Does this method start from Standard's weights? Four have no meaning otherwise: they look at Standard."""
-    return method in ("finetune", "relative", "salun", "fisher") or METHODS[method][1] is not None and opt.training == "finetune"
-
-
-def recipe(method, opt):
-    """How a method is trained: dict(alpha, steps, lr, window), its own from METHODS where no option says otherwise; window: the times t."""
-    _, loss, alpha, (share, pace, sigmas, _) = METHODS[method]
-    how = dict(alpha=alpha if opt.alpha is None or loss is None else opt.alpha, steps=opt.steps, lr=opt.lr)
-    if fine_tuned(method, opt):
-        how.update(steps=opt.unlearn_steps or max(1, round(share * opt.steps)), lr=opt.unlearn_lr or pace * opt.lr)
-    if opt.forget_window:
-        return dict(how, window=list(map(float, opt.forget_window.split(","))))
-    return dict(how, window=window_times(make_sde(opt.sde), sigmas))
-
-
-def window_times(sde, sigmas):
-    """The times [lo, hi] at which the noise level is sigmas = (lo, hi); sigma 0 is t = 0."""
-    return [float(sde.time(torch.tensor(s, dtype=torch.float64))) if s > 0 else 0. for s in sigmas]
-
-
-def make_sde(name):
-    return dict(ve=VE, vp=VP, ddpm=DDPM)[name]()
-
-
-def replace_file(path, write):
-    """Write a file under another name and rename it: whoever kills the run leaves the old file or the new one, never half of one."""
-    path = pathlib.Path(path)
-    temporary = path.with_name("." + path.name)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)                                               # a full disk must not stay full of it
-        raise
-
-
-def save_json(path, obj):
-    replace_file(path, lambda p: p.write_text(json.dumps(obj, indent=1) + "\n"))
-
-
-def save_checkpoint(path, obj):
-    buffer = io.BytesIO()                                                               # torch.save to a full disk raises anything but OSError
-    torch.save(obj, buffer)
-    replace_file(path, lambda p: p.write_bytes(buffer.getbuffer()))
-
-
-def read_checkpoint(path):
-    """A checkpoint written by this file: a dict of tensors and plain values. Raises UsageError for anything else."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(f"there is no checkpoint {path}") from None
-    except Exception as error:
-        raise UsageError(f"checkpoint {path} is damaged or not one of ours ({type(error).__name__}); delete it and run again") from None
-    if not isinstance(saved, dict) or saved.get("format") != "sgu-1":
-        raise UsageError(f"checkpoint {path} was not written by sgu.py; delete it and run again, or choose another --out")
-    return saved
-
-
-def load_model(path, device="cpu"):
-    """A finished <method>.pt -> (network with its averaged weights, sde); make_score(*load_model(path)) is its score.
-
-    The network is frozen; model.requires_grad_(True) before training it on. Raises UsageError for a damaged or foreign file.
-    """
-    saved = read_checkpoint(path)
-    try:
-        model, sde = UNet(**saved["network"]), make_sde(saved["sde"])
-        model.load_state_dict(saved["ema"])
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise UsageError(f"checkpoint {path} holds no model for this sgu.py ({type(error).__name__}: {str(error).splitlines()[0]}); delete it and run again") from None
-    return model.to(device).eval().requires_grad_(False), sde
-
-
-def load_judge(path, device="cpu"):
-    """A judge.pt -> its Judge, ready for opinions(judge, images). Raises UsageError for a damaged or foreign file."""
-    saved = read_checkpoint(path)
-    try:
-        judge = Judge(**saved["network"])
-        judge.load_state_dict(saved["model"])
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise UsageError(f"checkpoint {path} holds no judge for this sgu.py ({type(error).__name__}); delete it and run again") from None
-    return judge.to(device).eval()
-
-
-class Progress:
-    """A bar with the time left, on the terminal; on a file one line at the end of each stage."""
-
-    def __init__(self, label, total, done=0):
-        self.label, self.total, self.first, self.start, self.shown = label, total, done, time.time(), 0.0
-
-    def __call__(self, done, note=""):
-        now, live = time.time(), sys.stderr.isatty()
-        if done < self.total and (not live or now - self.shown < 0.2):
-            return
-        self.shown, spent = now, now - self.start
-        left = spent / max(done - self.first, 1) * (self.total - done)
-        bar = "#" * (24 * done // self.total)
-        print(f"{chr(13) if live else ''}{self.label:<26} [{bar:<24}] {done}/{self.total}  {spent:4.0f} s, {left:.0f} s left  {note:<32}",
-              end="" if live and done < self.total else "\n", file=sys.stderr, flush=True)
-
-
-CHECKPOINT_SECONDS = 30
-
-
-def our_files():
-    """The names of all files that a run leaves in --out."""
-    names = "results.json table.md judge.pt before_after.png losses.png inpaint.png reconstruct.png".split()
-    for m in METHODS:
-        names += [f"{m}.pt", f"samples_{m}.png"] + [f"{'samples' if task == 'sample' else task}_{m}.npz" for task in TASKS]
-    return names
-
-
-COUNTS = dict(samples=("unlearning_ratio", "unsure", "class_histogram", "frechet_kept"),        # option -> the results that have its n
-              likelihood_samples=("nll_bits_per_dim", "variational_bound_bits_per_dim", "inpaint", "reconstruct"))
-
-
-def check_same_run(before, config, where):
-    """Refuse to go on with what a run with other options left behind. COUNTS may differ (more samples of the same networks continue the fewer), and --compile."""
-    changed = [f"{k} {before.get(k)} -> {v}" for k, v in config.items() if before.get(k) != v and k not in (*COUNTS, "compile")]
-    if changed:
-        raise UsageError(f"{where} is from a run with other options ({'; '.join(changed) if before else 'unknown'}); use --fresh to start over, or another "
-                         "--out (where --pretrained with the standard.pt of this one spares training Standard again)")
-
-
-def run(opt, interrupted=lambda: False):
-    """All stages of the command; every finished stage is on disk and is not repeated. Returns the results dict."""
-    asked, (opt, device, data) = opt, resolve(opt)
-    out, preset, sde = pathlib.Path(opt.out), data["preset"], make_sde(opt.sde)
-    uncompared = ("out", "data_root", "fresh", "methods", "tasks")                     # these change what is done, not its outcome
-    config = {k: v for k, v in dataclasses.asdict(opt).items() if k not in uncompared}
-    config.update(network=data["network"], judge_network=list(preset["judge"]), noise_law=list(preset["noise_law"]),
-                  **({"data_crc32": data["content"]} if "content" in data else {}))
-    if opt.fresh:
-        for old in our_files():                                                        # nothing else: --out may hold files of the user's
-            if not opt.pretrained or (out / old).resolve() != pathlib.Path(opt.pretrained).resolve():
-                (out / old).unlink(missing_ok=True)
-    results = dict(config=config, command=command_of(asked), device=describe(device),
-                   versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__), seconds={}, judge={}, methods={})
-    if (out / "results.json").exists():
-        try:
-            old = json.loads((out / "results.json").read_text())
-            before = {**old["config"]}
-            kept = {k: {**old[k]} for k in ("seconds", "judge", "methods")}
-            kept["methods"] = {k: {**v} for k, v in kept["methods"].items()}
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{out / 'results.json'} is damaged or not one of ours; delete it and run again (what the checkpoints hold is kept), "
-                             "or use --fresh to start over") from None
-        check_same_run(before, config, out)
-        for count, fields in COUNTS.items():
-            if getattr(asked, count) is None:
-                config[count] = before.get(count, config[count])                       # not asked for: as it was
-                setattr(opt, count, config[count])
-            elif before.get(count) != config[count]:                                     # one table, one n: a result with another leaves it until its method is run again
-                kept["methods"] = {m: {k: v for k, v in entry.items() if k not in fields} for m, entry in kept["methods"].items()}
-        commands = old.get("command", "").split("; ")                                  # a later call may have added methods or tasks
-        results = {**old, **results, **kept, "command": "; ".join(dict.fromkeys([*filter(None, commands), results["command"]]))}
-    save_json(out / "results.json", results)                                           # from here on the folder belongs to these options
-
-    def stage(name, seconds):
-        results["seconds"][name] = round(results["seconds"].get(name, 0) + seconds, 1)
-        save_json(out / "results.json", results)
-
-    def pause():
-        if interrupted():
-            raise KeyboardInterrupt
-
-    print(f"{data['name']}: forget {', '.join(data['classes'][c] for c in data['forget'])} of {len(data['classes'])} classes, {opt.sde} on {results['device']}; "
-          f"{opt.steps} steps of {opt.batch_size}; results in {out}", file=sys.stderr)
-    judge = get_judge(out, data, config, opt, device, results, stage, pause)
-    tasks = opt.tasks.split(",")
-    probs, reference = opinions(judge, data["test"][~is_forgotten(data, "test")])
-    results["judge"]["floor"] = float(torch.isin(probs.argmax(1), torch.tensor(data["forget"])).float().mean())
-    for method in sorted(opt.methods.split(","), key=lambda m: m != "standard"):       # Standard first: the others may start from it
-        entry = results["methods"].setdefault(method, {})
-        model, entry["recipe"] = get_model(method, out, data, opt, config, device, stage, pause)
-        network = torch.compile(model) if opt.compile else model
-        score = make_score(network, sde, precision=opt.precision)
-        if "sample" in tasks and "unlearning_ratio" not in entry:
-            images = get_samples(method, score, sde, out, data, opt, device, stage, pause)
-            entry.update(judged(*opinions(judge, images), data, reference))
-            save_json(out / "results.json", results)
-        for task in ("inpaint", "reconstruct"):
-            if task in tasks and task not in entry:
-                entry[task] = measure_restoration(task, method, score, sde, judge, out, data, opt, device, stage, pause)
-                save_json(out / "results.json", results)
-        key = "variational_bound_bits_per_dim" if opt.sde == "ddpm" else "nll_bits_per_dim"
-        if "likelihood" in tasks and key not in entry:
-            score = make_score(network, sde)               # float32: bfloat16 moves an unlearned network's likelihoods by hundredths of a bit
-            entry[key] = measure_likelihood(method, score, sde, out, data, opt, device, stage, pause)
-            save_json(out / "results.json", results)
-    results["seconds"]["total"] = round(sum(v for k, v in results["seconds"].items() if k != "total"), 1)
-    save_json(out / "results.json", results)
-    table = make_table(results)
-    replace_file(out / "table.md", lambda p: p.write_text(table))
-    draw_pictures(out, data, results["methods"], judge)
-    print(table + f"\nIn {out}: " + ", ".join(name for name in our_files() if (out / name).exists()))
-    return results
-
-
-def command_of(opt):
-    """The command line that gives these Options, for the results file; where files lie is left out."""
-    given = {f.name: getattr(opt, f.name) for f in dataclasses.fields(opt) if getattr(opt, f.name) != f.default and f.name not in ("out", "data_root", "fresh")}
-    return " ".join(["python sgu.py"] + [f"--{k.replace('_', '-')}" + ("" if v is True else f" {shlex.quote(str(v))}") for k, v in given.items()])
-
+def as_arguments(options):
+    """dict(lr=0.1, fresh=True) -> ['--lr=0.1', '--fresh']; None and False are left out."""
+    return [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for name, value in options.items() if value is not None and value is not False]
 
 def describe(device):
-    """The machine in words, for the results file."""
-    if device.type == "cuda":
+    """The machine in words, for the results."""
+    if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = next((line.split(":")[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-                 platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()
-    threads = torch.get_num_threads()
-    return f"{model or platform.machine()}, {threads} thread{'s' * (threads > 1)}" + (", mps" if device.type == "mps" else "")
+    path = pathlib.Path("/proc/cpuinfo")
+    info = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    name = info.partition("model name\t: ")[2].partition("\n")[0] or platform.machine()
+    fast = ", bfloat16" if "amx_bf16" in info or "avx512_bf16" in info else ""
+    return f"{name}, {torch.get_num_threads()} threads{fast}"
 
+def from_standard(method, opt):
+    """Is this method trained on from Standard?"""
+    return (METHODS[method].start or {"finetune": "standard"}.get(opt.training)) == "standard"
 
-def get_judge(out, data, config, opt, device, results, stage, pause):
-    """The judge of this run, from judge.pt or trained now."""
-    path, (width, epochs) = out / "judge.pt", config["judge_network"]
-    results["judge"]["kind"] = opt.judge
-    if opt.judge == "clip":
-        judge = ClipJudge(data["classes"]).to(device)
-    elif path.exists():
-        check_same_run(read_checkpoint(path).get("config", {}), config, path)
-        judge = load_judge(path, device)
-    else:
-        start, bar = time.time(), None
-        for step, steps, judge in train_judge(data, width, epochs, flip=data["train"].shape[1] == 3, precision=opt.precision, device=device, seed=opt.seed):
-            bar = bar or Progress("judge", steps)
-            bar(step)
-            pause()
-        save_checkpoint(path, dict(format="sgu-1", config=config, network=judge.config, model=judge.state_dict()))
-        stage("judge", time.time() - start)
-    right = opinions(judge, data["test"])[0].argmax(1) == data["test_labels"]
-    results["judge"]["test_accuracy"] = float(right.float().mean())
-    if results["judge"]["test_accuracy"] < 0.9:
-        print(f"sgu: warning: the judge names only {100 * results['judge']['test_accuracy']:.1f}% of the test images rightly, so its ratios say little", file=sys.stderr)
-    return judge
+def resolve(opt):
+    """Options with nothing left open -> (opt, data). Raises UsageError before any work is done."""
+    opt, cuda = Options(**vars(opt)), torch.cuda.is_available()
+    require(opt.device != "cuda" or cuda, "--device cuda: this machine or build of torch has none")
+    opt.device = ("cuda" if cuda else "cpu") if opt.device == "auto" else opt.device
+    fast = opt.device == "cuda" or "bfloat16" in describe("cpu")
+    opt.precision = opt.precision or ("bfloat16" if fast else "float32")
+    methods = opt.methods.split(",")
+    if "standard" in methods or any(from_standard(m, opt) for m in methods):
+        methods = dict.fromkeys(["standard", *methods])
+    opt.methods = ",".join(methods)
+    require(opt.alpha != 1 or not any(METHODS[m].loss for m in methods),
+            "--alpha 1.0 leaves the loss of D_f without weight: nothing would be forgotten")
+    for how in [METHODS[m] for m in methods if METHODS[m].loss]:  # what train would refuse too late
+        alpha = how.alpha if opt.alpha is None else opt.alpha
+        loss, image = obtuse_loss if how.prepare else how.loss, torch.zeros(1)
+        try:
+            check_training(image, image, loss, alpha, how.window, 1)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"--methods: {how.title}: {error}") from None
+    data = load_data(opt.dataset, opt.data_root)
+    forget, sde, _ = DATASETS.get(opt.dataset, (None, "vp", ""))
+    forget = forget if opt.forget is None else opt.forget
+    require(forget is not None, "--forget: say what to forget, for instance --forget 3,7")
+    data = choose(data, forget)
+    opt.forget, opt.checksum = data["chosen"], data["checksum"]   # ' 3, 7' and '3,7' are one run
+    name = [data["name"], opt.forget.replace("/", "-"), opt.sde, opt.training, opt.recipe]
+    name = "-".join(v for v in name if v not in (None, sde, "finetune", "balanced"))
+    opt.sde, opt.out = opt.sde or sde, opt.out or str(pathlib.Path("runs", name))
+    _, channels, side, _ = data["train"].shape
+    size = next(size for size, device in PRESETS if device == opt.device and (
+        size == data["name"] or isinstance(size, int) and side <= size))
+    preset = dict(zip(COLUMNS, PRESETS[size, opt.device]))
+    preset["steps"] = preset["steps"] if fast else preset["steps"] * 6 // 10      # in the same time
+    opt.network = UNet(channels, *(preset.pop(key) for key in COLUMNS[:4])).config
+    for key, value in preset.items():
+        setattr(opt, key, getattr(opt, key, None) or value)
+    opt.sampler_steps = opt.sampler_steps or SAMPLER_STEPS[opt.sampler]
+    require((opt.sampler, opt.sde) != ("ancestral", "ddpm") or opt.sampler_steps <= 1000,
+            f"--sampler-steps: the chain has 1000 steps, not {opt.sampler_steps}")
+    if opt.pretrained:
+        model, schedule = load_model(opt.pretrained)
+        opt.network = model.config
+        require(type(schedule) is SCHEDULES[opt.sde] and model.config["image_channels"] == channels,
+                f"--pretrained {opt.pretrained}: is no model of such images with --sde {opt.sde}")
+    unit = opt.network["patch"] * 2 ** (len(opt.network["channels"]) - 1)
+    require(side % unit == 0 and side >= 8, f"{data['name']}: images are {side} pixels wide; "
+            f"they must be 8 or more, a multiple of {unit}")
+    return opt, data
 
+def say(text, end="\n"):
+    """Print to standard error, if there is one."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, end=end, file=sys.stderr or io.StringIO(), flush=True)
 
-def get_model(method, out, data, opt, config, device, stage, pause):
-    """The averaged network of a method and its recipe: from <method>.pt, or trained (on) now, saving every CHECKPOINT_SECONDS."""
-    path, forget_loss, sde, how = out / f"{method}.pt", METHODS[method][1], make_sde(opt.sde), recipe(method, opt)
+def replace_file(path, content):
+    """Write bytes under another name, then rename: a kill leaves the old file or the new one."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)                         # a full disk must not stay full
+
+def save_json(path, content):
+    replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+def read_file(path, kind=None):
+    """What finish wrote: dict(format, config, state, seconds); of a finished network of this kind
+    also network: with the averaged weights, frozen. Raises UsageError for anything else."""
+    require(os.path.exists(path), f"there is no file {path}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        need(saved["format"] == "sgu-2" and saved["state"]["step"] > 0, "")
+        if kind:
+            saved["network"] = kind(**saved["config"]["network"]).eval().requires_grad_(False)
+            saved["network"].load_state_dict(saved["state"]["weights"])
+            need("parts" not in saved["state"], "")
+        return saved
+    except Exception:                                             # unpickling fails in many ways
+        what = f"holds no finished {kind.__name__}" if kind else "is damaged or no file of sgu.py"
+        raise UsageError(f"{path} {what}; choose another --out, or --fresh to overwrite") from None
+
+def finish(label, path, config, job, fresh=False, seconds=None):
+    """Run job from where the file path left it to its end, saving every 30 s -> its last state.
+    job(state=...) is a generator of dict(step, steps, snapshot, ...); snapshot() is a state to go
+    on from. fresh: ignore the file; seconds: a dict to note in, by label, how long it took."""
+    saved = dict(format="sgu-2", config=config, state=None, seconds=0.0)
+    if os.path.exists(path) and not fresh:
+        saved = read_file(path)
+        old = saved["config"]
+        new = "; ".join(f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v)
+        require(not new, f"{path} was made with other options ({new}); use those, another --out, "
+                "or --fresh to overwrite it")
+    begin = last = time.time()
+    first = saved["state"]["step"] if saved["state"] else 0
+    live = sys.stderr and sys.stderr.isatty()
+    for info in job(state=saved["state"]):
+        now, step, steps = time.time(), info["step"], info["steps"]
+        if step >= steps or now - last > 30:
+            saved.update(state=info["snapshot"](), seconds=saved["seconds"] + now - last)
+            buffer, last = io.BytesIO(), now                      # a full disk is then an OSError
+            torch.save(saved, buffer)
+            replace_file(path, buffer.getbuffer())
+        if live or step >= steps:
+            left = (now - begin) / (step - first) * (steps - step)
+            note = " ".join(f"{k} {v:.4f}" for k, v in info.items() if isinstance(v, float))
+            say(f"{label:<28} {step}/{steps} {now - begin:5.0f} s, {left:.0f} s left  {note:<30}",
+                end="\r" if step < steps else "\n")
+    if seconds is not None:
+        seconds[label] = saved["seconds"]
+    return saved["state"]
+
+def stage(label, opt, job, **config):
+    """Finish a job of this run -> its file in --out, its state."""
+    path = f"{opt.out}/{label.removeprefix('train ').replace(' ', '_')}.pt"
+    config.update(data=opt.checksum, forget=opt.forget, seed=opt.seed, precision=opt.precision)
+    return path, finish(label, path, config, job, opt.fresh, opt.seconds)
+
+def load_model(path, device="cpu"):
+    """A finished <method>.pt -> (network, schedule): make_score of these two is its score."""
+    saved = read_file(path, UNet)
+    return saved["network"].to(device), SCHEDULES[saved["config"]["sde"]]()
+
+def load_judge(path, device="cpu"):
+    """A finished judge.pt -> its Judge, for opinions(judge, images)."""
+    return read_file(path, Judge)["network"].to(device)
+
+def get_judge(opt, data):
+    """The judge of this run, trained now or earlier."""
+    network = Judge(data["train"].shape[1], len(data["classes"]) + 1, opt.judge_width).config
+    job = functools.partial(train_judge, data, opt.judge_width, opt.judge_steps, device=opt.device,
+                            precision=opt.precision, seed=opt.seed)
+    path, _ = stage("judge", opt, job, steps=opt.judge_steps, network=network)
+    return load_judge(path, opt.device)
+
+def text_of(function):
+    """A number that changes with the text of a function: an edited loss is another run."""
+    try:
+        return zlib.crc32(inspect.getsource(function).encode())
+    except (OSError, TypeError):                                  # None, or typed in at a prompt
+        return getattr(function, "__name__", None)
+
+def get_model(method, opt, data):
+    """The averaged network of a method, trained now or earlier, and its config."""
+    how, sde, gone = METHODS[method], SCHEDULES[opt.sde](), is_forgotten(data, "train")
+    standard, standard_score = opt.pretrained or f"{opt.out}/standard.pt", None
     if method == "standard" and opt.pretrained:
-        saved = read_checkpoint(opt.pretrained)
-        how = saved.get("recipe", how)
-        if not path.exists() or path.samefile(opt.pretrained):
-            save_checkpoint(path, {**saved, "method": method, "config": config, "recipe": how})
-    saved = read_checkpoint(path) if path.exists() else dict(format="sgu-1", method=method, config=config, network=config["network"], sde=opt.sde,
-                                                             recipe=how, finished=False, state=None, losses=[])
-    check_same_run(saved.get("config", {}), config, path)
-    half_written = path.exists() and not (saved.get("finished") or saved.get("state"))
-    if saved.get("method") != method or "losses" not in saved or half_written:
-        raise UsageError(f"checkpoint {path} is not of {method}; delete it and run again")
-    check_same_run(saved.get("recipe", {}), how, path)
-    if saved["finished"]:
-        return load_model(path, device)[0], how
-    forgotten = is_forgotten(data, "train")
+        return load_model(standard, opt.device)[0], read_file(standard)["config"]
+    recipe, window = RECIPES[opt.recipe]._replace(precision=opt.precision), EVERY_SIGMA
+    if opt.recipe == "balanced":
+        std, window = opt.network["data_std"], how.window
+        weights = balanced_weight(sde, std), balanced_weight(sde, std, how.power)
+        recipe = recipe._replace(noise_law=opt.noise_law, weighting=weights)
+    alpha = how.alpha if opt.alpha is None else opt.alpha
+    numbers = dict(alpha=alpha if how.loss else None, window=window, steps=opt.steps, lr=opt.lr,
+                   batch_size=opt.batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(opt.seed)
-        model = UNet(**config["network"]).to(device)
-    if fine_tuned(method, opt):                                                         # also before going on: relative, salun and fisher look at Standard
-        model.load_state_dict(load_model(out / "standard.pt")[0].state_dict())
-    ema = copy.deepcopy(model).requires_grad_(False)
-    keep = (data["train"] if METHODS[method][0] == "D" else data["train"][~forgotten]).to(device)
-    forget = data["train"][forgotten].to(device) if forget_loss else None
-    steps = how["steps"]
-    first = saved["state"]["step"] if saved["state"] else 0
-    bar, start, last, info = Progress(f"train {method}", steps, first), time.time(), time.time(), None
+        model = UNet(**opt.network).to(opt.device)
+    if from_standard(method, opt):
+        reference = load_model(standard, opt.device)[0]
+        model.load_state_dict(reference.state_dict())
+        standard_score = make_score(reference, sde, precision=opt.precision)
+        numbers["steps"] = opt.unlearn_steps or max(1, round(how.share * opt.steps))
+        numbers["lr"] *= how.pace
+    config = dict(numbers, method=method, sde=opt.sde, recipe=opt.recipe, power=how.power,
+                  training=("retrain", "finetune")[from_standard(method, opt)], network=opt.network,
+                  noise_law=recipe.noise_law, start=checksum(model.state_dict().values()),
+                  loss=text_of(how.loss), prepare=text_of(how.prepare))
+    keep, forget = data["train"] if how.keep == "D" else data["train"][~gone], data["train"][gone]
+    arguments = dict(numbers, model=model, ema=copy.deepcopy(model).requires_grad_(False), sde=sde,
+                     keep=keep.to(opt.device), forget=forget.to(opt.device) if how.loss else None,
+                     forget_loss=how.loss, recipe=recipe, seed=opt.seed)
+    if how.prepare:
+        arguments = how.prepare(standard_score, arguments)
+    if opt.compile:
+        model.compile()
+    path, _ = stage(f"train {method}", opt, functools.partial(train, **arguments), **config)
+    return load_model(path, opt.device)[0], config
 
-    def save(finished):
-        nonlocal start, last
-        if finished and not all(torch.isfinite(p).all() for p in ema.parameters()):
-            raise FloatingPointError(f"the weights of {method} are not finite after {steps} steps; lower the learning rate")
-        saved.update(finished=finished, state=None if finished else info["snapshot"](), ema=ema.state_dict())
-        save_checkpoint(path, saved)
-        stage(f"train {method}", time.time() - start)
-        start = last = time.time()
-
-    edit, forget_weighting = None, METHODS[method][3][3](sde) if opt.weighting == "balanced" else opt.weighting
-    common = dict(seed=opt.seed, precision=opt.precision, noise_law=data["preset"]["noise_law"])
-    if method == "relative":
-        forget_loss = functools.partial(relative_loss, reference=make_score(copy.deepcopy(ema), sde, precision=opt.precision))
-    elif method == "salun":
-        edit = saliency_mask(model, sde, forget, forget_loss, window=how["window"], weighting=forget_weighting, **common)
-    elif method == "fisher":
-        edit = fisher_penalty(model, sde, keep, **common)
-    for info in train(model, ema, sde, keep, forget, forget_loss, how["alpha"], steps=steps, batch_size=opt.batch_size, lr=how["lr"], warmup=steps // 20 + 1,
-                      window=how["window"], forget_weighting=forget_weighting, state=saved["state"], compile=opt.compile,
-                      forget_ratio=1 - how["alpha"] if method == "siss" else None, edit_gradient=edit, **common):
-        if info["step"] % 10 == 0 or info["step"] == steps:
-            saved["losses"].append([info["step"], info["keep"], info["forget"]])
-        bar(info["step"], f"keep {info['keep']:.4f}" + (f"  forget {info['forget']:+.4f}" if forget_loss else ""))
-        if info["step"] < steps and (time.time() - last > CHECKPOINT_SECONDS):
-            save(False)
-        try:
-            pause()
-        except KeyboardInterrupt:
-            save(info["step"] == steps)
-            raise
-    save(True)
-    return ema.eval(), how
-
-
-def read_arrays(path, *needed):
-    """The arrays of an .npz that this file wrote, name -> array, the needed ones among them."""
-    try:
-        with np.load(path) as z:
-            return {k: z[k] for k in (*z.files, *needed)}
-    except Exception:
-        raise UsageError(f"{path} is damaged; delete it and run again") from None
-
-
-def in_chunks(label, path, key, total, chunk, compute, opt, device, stage, pause):
-    """compute(rows, generator) for slices of range(total), concatenated. What is done is kept in path under key: a run that was stopped goes on.
-
-    The generator of a slice depends on --seed and where the slice starts, so that every method meets the same random numbers. A larger
-    total than before goes on from the last whole slice.
-    """
-    kept = read_arrays(path) if path.exists() else {}
-    old = torch.from_numpy(kept[key]) if key in kept else torch.empty(0)
-    done, start = len(old) if len(old) >= total else len(old) // chunk * chunk, time.time()
-    parts = [old[:done]] if done else []
-    bar = Progress(label, total, done)
+def chunks(total, size, compute, state=None):
+    """A job: compute(rows) for slices of range(total), joined in state["values"]."""
+    values = list(state["values"].split(size)) if state else []
+    if state and state["step"] < total and len(values[-1]) < size:
+        values.pop()                                              # as if total had always been so
+    done = sum(map(len, values))
     while done < total:
-        rows = slice(done, min(done + chunk, total))
-        parts.append(compute(rows, torch.Generator(device).manual_seed(opt.seed * 1_000_003 + rows.start)))
-        if not torch.isfinite(parts[-1]).all():
-            raise FloatingPointError(f"{label}: not a finite number, the network has diverged; train with a lower --lr, or leave this method out")
-        done, kept[key] = rows.stop, torch.cat(parts).numpy()
-        replace_file(path, lambda p: np.savez(p, **kept))
-        bar(done)
-        stage(" ".join(label.split()[:2]), time.time() - start)
-        start = time.time()
-        pause()
-    return torch.cat(parts)[:total]
-
-
-def get_samples(method, score, sde, out, data, opt, device, stage, pause):
-    """opt.samples images of a model, (N, C, H, W) uint8, kept in samples_<method>.npz; the same noise for every method."""
-    def compute(rows, g):
-        shape = (rows.stop - rows.start, *data["train"].shape[1:])
-        return to_levels(SAMPLERS[opt.sampler](score, sde, shape, steps=opt.sampler_steps, generator=g, device=device))
-    return in_chunks(f"sample {method}", out / f"samples_{method}.npz", "images", opt.samples, 250, compute, opt, device, stage, pause)
-
-
-def measure_likelihood(method, score, sde, out, data, opt, device, stage, pause):
-    """Bits/dim of the first test images of D_g and D_f (the same for every method): mean, n, standard error of the mean (None for n = 1).
-
-    For a DDPM it is the variational bound, and is called so in the results. Every image's own value is in likelihood_<method>.npz.
-    """
-    forgotten, result, bound = is_forgotten(data, "test"), dict(n={}, se={}), variational_bound if opt.sde == "ddpm" else bits_per_dim
-    for key, mask in (("D_g", ~forgotten), ("D_f", forgotten)):
-        x = data["test"][mask][:opt.likelihood_samples]
-        compute = lambda rows, g: bound(score, sde, from_levels(x[rows].to(device)), generator=g).cpu()
-        bits = in_chunks(f"likelihood {method} {key}", out / f"likelihood_{method}.npz", key, len(x), 50 if device.type == "cpu" else 250, compute, opt, device, stage, pause)
-        result[key], result["n"][key] = float(bits.mean()), len(bits)
-        result["se"][key] = float(bits.std() / math.sqrt(len(bits))) if len(bits) > 1 else None
-    return result
-
-
-def measure_restoration(task, method, score, sde, judge, out, data, opt, device, stage, pause):
-    """Tables 3 and 4: restore test images of D_g and D_f. Accuracy of the restored image's class; mean distance of the judge's features.
-
-    inpaint hides the upper half (of faces, 32 rows by 64 columns); reconstruct noises to t = 0.02 and walks back.
-    """
-    forgotten, result = is_forgotten(data, "test"), {}
-    known = upper_half_hidden(data["test"])
-    for key, mask in (("D_g", ~forgotten), ("D_f", forgotten)):
-        x, labels = data["test"][mask][:opt.likelihood_samples], data["test_labels"][mask][:opt.likelihood_samples]
-        def compute(rows, g):
-            images = from_levels(x[rows].to(device))
-            return to_levels(inpaint(score, sde, images, known, generator=g) if task == "inpaint" else reconstruct(score, sde, images, generator=g))
-        restored = in_chunks(f"{task} {method} {key}", out / f"{task}_{method}.npz", key, len(x), 50 if device.type == "cpu" else 250, compute, opt, device, stage, pause)
-        (probs, features), (clean_probs, clean) = opinions(judge, restored), opinions(judge, x)
-        right = int((probs.argmax(1) == labels).sum())
-        result[key] = dict(accuracy=right / len(x), ci95=wilson(right, len(x)), clean=float((clean_probs.argmax(1) == labels).float().mean()),
-                           n=len(x), distance=float((features - clean).norm(dim=1).mean()))
-    return result
-
+        values.append(compute(slice(done, min(done + size, total))))
+        need(values[-1].isfinite().all(), "the network has diverged (NaN); train with a lower --lr",
+             FloatingPointError)
+        done += len(values[-1])
+        yield dict(step=done, steps=total,
+                   snapshot=lambda: dict(step=done, values=torch.cat(values)))
 
 def upper_half_hidden(x):
-    """The mask of the inpainting task for images x: (..., H, W): 0 on the upper half, 1 (known) below. -> (H, W)."""
-    mask = torch.ones(x.shape[-2:])
-    mask[:x.shape[-2] // 2] = 0
-    return mask
+    """The mask of the inpainting task for images x: (..., H, W): 0 on the upper half, 1 below."""
+    return (torch.arange(x.shape[-2]) >= x.shape[-2] // 2).float()[:, None].expand(x.shape[-2:])
 
+def values_of(method, network, opt, task, x, steps=None):
+    """What a task makes of one network, computed now or earlier: images (n, C, H, W) uint8, or for
+    'likelihood' bits/dim (n,). x: test images, of whose shape samples are. Random numbers depend on
+    --seed and an image's place alone, so that they are the same for every method."""
+    sde, exact = SCHEDULES[opt.sde](), "likelihood" in task
+    score = make_score(network, sde, precision="float32" if exact else opt.precision)
+    n, size, how = len(x), max(4, min(50, 3200 // steps)) if exact else 50, {}
+    if task == "samples":
+        n, size, how = opt.samples, 100, dict(sampler=opt.sampler, sampler_steps=opt.sampler_steps)
+    def compute(rows):
+        place = opt.seed * 1_000_003 + (0 if exact else rows.start)
+        g = torch.Generator(opt.device).manual_seed(place)
+        if task == "samples":
+            draw = functools.partial(SAMPLERS[opt.sampler], generator=g, device=opt.device)
+            shape = (rows.stop - rows.start, *x.shape[1:])
+            return to_levels(draw(score, sde, shape, opt.sampler_steps))
+        clean = from_levels(x[rows].to(opt.device))
+        if exact:
+            return bits_per_dim(score, sde, clean, steps, generator=g).cpu()
+        if "inpaint" in task:
+            return to_levels(inpaint(score, sde, clean, upper_half_hidden(x), generator=g))
+        return to_levels(reconstruct(score, sde, clean, generator=g))
+    how.update(sde=opt.sde, network=checksum(network.state_dict().values()))
+    job = functools.partial(chunks, n, size, compute)
+    return stage(f"{task} {method}", opt, job, **how)[1]["values"][:n]
 
-# The paper's Tables 2 (SGU re-trained from nothing) and 5 (fine-tuned from Standard): (data set, schedule) -> class rows of the
-# unlearning ratio in %, then D_g and D_f in bits/dim, each for Standard, Orthogonal, Obtuse, Unseen.
-PAPER = {
-    2: {("mnist", "ve"): {"3": (11.0, 0.4, 1.5, 1.8), "7": (15.8, 0.8, 3.6, 2.3), "total": (26.8, 1.2, 5.1, 4.1),
-                          "D_g": (2.82, 3.92, 3.70, 3.07), "D_f": (2.78, 13.23, 12.08, 3.01)},
-        ("cifar10", "vp"): {"automobile": (11.2, 1.9, 0.9, 3.4), "dog": (13.4, 10.0, 11.5, 10.8), "total": (24.6, 11.9, 12.4, 14.2),
-                            "D_g": (3.12, 3.22, 3.28, 3.09), "D_f": (3.20, 5.94, 4.37, 3.21)},
-        ("stl10", "vp"): {"airplane": (12.1, 2.4, 3.6, 3.8), "total": (12.1, 2.4, 3.6, 3.8), "D_g": (2.90, 2.90, 2.92, 2.90), "D_f": (2.19, 8.94, 9.25, 2.32)},
-        ("celeba", "vp"): {"Bangs": (19.6, 3.5, 0.7, 6.7), "total": (19.6, 3.5, 0.7, 6.7)}},
-    5: {("cifar10", "vp"): {"automobile": (11.2, 2.7, 0.6, 3.4), "dog": (13.4, 8.7, 8.9, 10.8), "total": (24.6, 11.4, 9.5, 14.2),
-                            "D_g": (2.89, 3.06, 4.36, 2.92), "D_f": (2.91, 10.36, 14.96, 2.95)},
-        ("cifar10", "ddpm"): {"automobile": (13.1, 3.3, 1.6, 2.7), "dog": (13.9, 5.4, 3.6, 4.5), "total": (27.0, 8.7, 5.2, 7.2)},
-        ("celeba", "vp"): {"Bangs": (19.6, 2.6, 0.1, 6.7), "total": (19.6, 2.6, 0.1, 6.7)}},
-}
+def likelihoods(parts, make):
+    """Bits/dim of parts D_g and D_f, in ever finer steps until the estimated error is below a tenth
+    of the standard error -> their entry in the results, {D_g: (n,), D_f: (n,)}."""
+    entry, values = dict(n={}, se={}, steps={}, error={}, converged={}), {}
+    for key, (x, _) in parts.items():
+        bits, steps, done = make(f"likelihood {key} 16", x, 16), 16, False
+        while not done and steps < 512:
+            steps, coarse = 2 * steps, bits
+            bits = make(f"likelihood {key} {steps}", x, steps)
+            error = float(flow_error(bits, coarse).mean())
+            se = float(bits.std()) / math.sqrt(len(x)) if len(x) > 1 else None
+            done = error < 0.1 * (se or 0.1)
+        entry[key], values[key] = float(bits.mean()), bits
+        found = dict(n=len(x), se=se, steps=steps, error=error, converged=done)
+        for name, value in found.items():
+            entry[name][key] = value
+    return entry, values
 
+def restored(before, after, labels, judge):
+    """What the judge sees in images after inpaint or reconstruct: an entry of the results."""
+    (was, clean), (now, features) = opinions(judge, before), opinions(judge, after)
+    right, n = int((now.argmax(1) == labels).sum()), len(labels)
+    return dict(accuracy=right / n, ci95=wilson(right, n), n=n,
+                clean=float((was.argmax(1) == labels).float().mean()),
+                distance=float((features - clean).norm(dim=1).mean()))
 
-def make_table(results, table=None):
-    """results (the content of results.json) -> Markdown: our rows, the paper's (of Table 2 or 5) beside them, then what it does not report.
+def cells(entry):
+    """What the table says of one method: {(section, row): text}."""
+    def interval(value, ends, unit=100, form=".1f"):
+        low, high = (f"{unit * v:{form}}" for v in ends or (math.nan, math.nan))
+        return f"{unit * value:{form}} [{low}, {high}]"
+    found, ratio, nll = {}, entry.get("unlearning_ratio", {}), entry.get("nll_bits_per_dim")
+    for row in [row for row in ratio if row not in ("n", "ci95")]:
+        ends = wilson(round(ratio[row] * ratio["n"]), ratio["n"])
+        found["unlearning ratio, %", row] = interval(ratio[row], ends)
+    if ratio:
+        found["none or unsure, %", ""] = f"{100 * entry['unsure']:.1f}"
+        for row, key in (("of samples kept", "frechet_kept"), ("of real images", "frechet_real")):
+            value = math.nan if entry[key] is None else entry[key]
+            found["distance", row] = f"{value:.2f} (n = {entry['kept']})"
+    for row in ("D_g", "D_f") if nll else ():
+        error = "" if nll["se"][row] is None else f" ± {nll['se'][row]:.2f}"
+        error += "" if nll["converged"][row] else " not converged"
+        found["NLL, bits/dim", row] = f"{nll[row]:.2f}{error}"
+    for task in [task for task in ("inpaint", "reconstruct") if task in entry]:
+        for row, v in entry[task].items():
+            found[f"{task}, % right", row] = interval(v["accuracy"], v["ci95"])
+    for other in [key for key in entry if key.startswith("minus ")]:
+        for row, v in entry[other].items():
+            how = (100, "+.1f") if row == "ratio" else (1, "+.2f")
+            found[other, row] = interval(v["mean"], v["ci95"], *how)
+    return found
 
-    table: 2 or 5; None: 5 for fine-tuned models where it has the data set, else 2.
-    """
-    config, methods = results["config"], results["methods"]
-    quoted = ("standard", "orthogonal", "obtuse", "unseen")
-    ours = ("standard", "orthogonal", "obtuse", "relative", "unseen")
-    order = [m for m in ours if m in methods] + [m for m in methods if m not in ours]
-    finetuned, key = config["training"] == "finetune", (pathlib.Path(config["dataset"]).stem, config["sde"])
-    table = table or (5 if finetuned and key in PAPER[5] else 2)
-    paper = PAPER[table].get(key, {})
-    if set(paper) - {"total", "D_g", "D_f"} != set(config["forget"].split(",")):
-        paper = {}                                                                      # the paper forgot something else
-    quote = lambda row, scale: [f"{paper[row][quoted.index(m)]:{scale}}" if m in quoted and row in paper else "" for m in order]
-    row = lambda name, who, cells: f"| {name} | {who} | " + " | ".join(cells) + " |"
-    head = lambda title: [row(title, "", [TITLES.get(m, m) for m in order]), "|---|---|" + "---:|" * len(order)]
-    measured = [methods[m] for m in order]
-    first = lambda field: next((m[field] for m in measured if field in m), None)       # None: no method has it, leave its part out
+def make_table(results):
+    """results.json turned on its side: rows of cells, a column per method, and under a row the
+    paper's, where notebooks/paper.json is at hand and has it."""
+    config, path = results["config"], pathlib.Path(__file__).with_name("notebooks") / "paper.json"
+    tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    key = f"{results['data']},{config['sde']}"
+    first = "5" if config["training"] == "finetune" and key in tables.get("5", {}) else "2"
+    numbers = {"unlearning ratio, %": first, "NLL, bits/dim": first, "inpaint, % right": "3",
+               "reconstruct, % right": "4"}
+    classes = set(tables.get(first, {}).get(key, {})) - {"total", "D_g", "D_f"}
+    same = classes == set(config["forget"].split(","))            # else it forgot something else
+    columns = {method: cells(entry) for method, entry in results["methods"].items()}
+    rows = [["", *(METHODS[m].title if m in METHODS else m for m in columns)]]
+    for section, row in dict.fromkeys(row for column in columns.values() for row in column):
+        rows.append([f"{section} {row}", *(v.get((section, row), "") for v in columns.values())])
+        number = numbers.get(section)
+        paper = tables.get(number, {}).get(key, {}).get(row) if same else None
+        if paper:
+            paper = dict(zip(tables["columns"], paper))
+            rows.append([f"  the paper, Table {number}", *(str(paper.get(m, "")) for m in columns)])
+    return rows
 
-    def cells(text):
-        """text(entry) for every method, a dash where it was not measured."""
-        def one(m):
-            try:
-                return text(m)
-            except (KeyError, TypeError):
-                return "-"
-        return [one(m) for m in measured]
+def save_table(rows, title, out):
+    """rows -> table.md in out, and in aligned columns to standard output."""
+    head, *lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = [title, "", head, "|---|" + "---:|" * (len(rows[0]) - 1), *lines, ""]
+    replace_file(f"{out}/table.md", "\n".join(lines).encode())
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    text = "\n".join([*lines, "", f"The pictures, this table and all numbers are in {out}"])
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
-    lines = [f"{config['dataset']}, {config['sde']}, forget {config['forget']}; {results['device']}; seed {config['seed']}; `{results['command']}`"
-             + (f"; {results['remark']}" if "remark" in results else ""), ""]          # a remark is written into a results file by hand
-    percent = lambda share, interval: f"{100 * share:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-    if ratio := first("unlearning_ratio"):
-        lines += head("unlearning ratio, %")
-        for name in [k for k in ratio if k not in ("n", "ci95")]:
-            lines.append(row(name, "ours", cells(lambda m: percent(m["unlearning_ratio"][name], m["unlearning_ratio"]["ci95"]) if name == "total"
-                                                 else f"{100 * m['unlearning_ratio'][name]:.1f}")))
-            if name in paper:
-                lines.append(row("", "paper", quote(name, ".1f")))
-        judge = results["judge"]
-        lines += ["", f"n = {ratio['n']} samples a method, 95% Wilson interval; {config['sampler']} sampler, {config['sampler_steps']} steps. "
-                  f"Judge: {'CLIP, zero-shot' if judge.get('kind') == 'clip' else 'our own CNN'}, test accuracy {100 * judge['test_accuracy']:.2f}%, "
-                  f"finds {100 * judge['floor']:.2f}% forgotten classes in real D_g images (its floor)."
-                  + (f" Paper: Table {table}, SGU {'re-trained from scratch' if table == 2 else 'fine-tuned'}; ours {'fine-tuned' if finetuned else 're-trained'}." if paper else ""), ""]
-        lines += head("quality")
-        if first("unsure") is not None:                                                 # None: two classes, one of which always reaches 1/2
-            lines.append(row("judge unsure, %", "ours", cells(lambda m: f"{100 * m['unsure']:.1f}")))
-        lines.append(row("Frechet distance, kept", "ours", cells(lambda m: f"{m['frechet_kept']:.2f}")))
-        lines.append("")
-    for field, title in (("nll_bits_per_dim", "NLL, bits/dim"), ("variational_bound_bits_per_dim", "variational bound, bits/dim")):
-        if not first(field):
-            continue
-        lines += head(title)
-        for key in ("D_g", "D_f"):
-            lines.append(row(key, "ours", cells(lambda m: f"{m[field][key]:.2f}" + (f" ± {m[field]['se'][key]:.2f}" if m[field]["se"][key] is not None else ""))))
-            if key in paper and field == "nll_bits_per_dim":
-                lines.append(row("", "paper", quote(key, ".2f")))
-        n = first(field)["n"]
-        lines += ["", f"n = {n['D_g']} and {n['D_f']} test images, ± one standard error.", ""]
-    for task in ("inpaint", "reconstruct"):
-        if some := first(task):
-            lines += head(f"{task}, accuracy %")
-            for key in ("D_g", "D_f"):
-                lines.append(row(key, "ours", cells(lambda m: percent(m[task][key]["accuracy"], m[task][key]["ci95"]))))
-                lines.append(row("", "distance", cells(lambda m: f"{m[task][key]['distance']:.2f}")))
-            lines += ["", f"n = {some['D_g']['n']} and {some['D_f']['n']} test images, of which the judge names {100 * some['D_g']['clean']:.1f}% and {100 * some['D_f']['clean']:.1f}% rightly before.", ""]
-    return "\n".join(lines) + "\n"
+def draw_picture(path, rows, judge, forget):
+    """rows: {title: images (n, C, H, W) uint8} -> a PNG; what the judge calls forgotten framed."""
+    from PIL import Image, ImageDraw
+    strips, buffer = [], io.BytesIO()
+    for x in rows.values():
+        hit = torch.isin(opinions(judge, x)[0].argmax(1), torch.tensor(forget))[:, None]
+        x, zoom = x[:, :3] if x.shape[1] > 2 else x[:, :1], max(1, 56 // x.shape[2])
+        x = x.expand(-1, 3, -1, -1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+        colour = torch.where(hit, torch.tensor([230, 159, 0]), 255).byte()[:, :, None, None]
+        tiles = colour.repeat(1, 1, x.shape[2] + 6, x.shape[3] + 6)
+        tiles[:, :, 3:-3, 3:-3] = x
+        strips.append(F.pad(torch.cat(list(tiles), dim=2), (130, 0), value=255))
+    page = Image.fromarray(torch.cat(strips, dim=1).permute(1, 2, 0).contiguous().numpy())
+    for i, title in enumerate(rows):
+        at = (4, int((i + 0.4) * page.height / len(rows)))
+        ImageDraw.Draw(page).text(at, title, fill="black")
+    page.save(buffer, "PNG")
+    replace_file(path, buffer.getvalue())
 
+def run(opt, judge=None):
+    """The experiment -> the content of results.json. What was finished earlier is read from --out.
+    judge: instead of ours, a module with features and head."""
+    asked = {key: v for key, v in vars(opt).items() if v != vars(Options()).get(key)
+             and key not in ("out", "data_root", "fresh")}        # where files lie is left out
+    words = [word for argument in as_arguments(asked) for word in argument.split("=", 1)]
+    command = shlex.join(["python", "sgu.py", *words])
+    opt, data = resolve(opt)
+    config, machine, opt.seconds = dict(vars(opt)), describe(opt.device), {}
+    say(f"{data['name']}: forget {opt.forget} of {len(data['classes'])} classes, {opt.sde}, "
+        f"{opt.steps} steps of {opt.batch_size}, {machine}, {opt.precision}; results in {opt.out}")
 
-def draw_pictures(out, data, methods, judge):
-    """samples_<method>.png (what the judge calls forgotten is framed), before_after.png, losses.png, from what the runs left in out."""
-    from matplotlib.figure import Figure
-    methods, found = [m for m in methods if (out / f"{m}.pt").exists()], {}
-    show = lambda ax, image: ax.imshow(image.transpose(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    for method in methods:
-        path = out / f"samples_{method}.npz"
-        if path.exists():
-            images = read_arrays(path, "images")["images"][:100]
-            found[method] = images, shows_forgotten(judge, data, torch.from_numpy(images))
+    judge = get_judge(opt, data) if judge is None else judge
+    gone, forget = is_forgotten(data, "test"), torch.tensor(data["forget"])
+    few = opt.likelihood_samples
+    real = opinions(judge, data["train"][~is_forgotten(data, "train")][:opt.samples])[1]
+    probs, features = opinions(judge, data["test"])
+    label, reference = probs.argmax(1), features[~gone]
+    facts = dict(test_accuracy=float((label == data["test_labels"]).float().mean()),
+                 floor=float(torch.isin(label[~gone], forget).float().mean()),
+                 none=float((label >= len(data["classes"])).float().mean()))
+    if facts["test_accuracy"] < 0.9:
+        say(f"sgu: warning: the judge is right on {facts['test_accuracy']:.1%} of test images only")
+    parts = {key: (data["test"][part][:few], data["test_labels"][part][:few])
+             for key, part in (("D_g", ~gone), ("D_f", gone))}
 
-    def grid(name, images, framed, columns, titles=None):
-        rows = -(-len(images) // columns)
-        figure = Figure(figsize=(0.62 * columns + (1.5 if titles else 0), 0.62 * rows))
-        left = 1.5 / figure.get_figwidth() if titles else 0
-        for k, image in enumerate(images):
-            r, c = divmod(k, columns)
-            ax = figure.add_axes((left + (1 - left) * c / columns, 1 - (r + 1) / rows, (1 - left) / columns * 0.94, 0.94 / rows))
-            show(ax, image)
-            ax.set_xticks([]), ax.set_yticks([])
-            for spine in ax.spines.values():
-                spine.set(color="#D55E00" if framed[k] else "none", linewidth=2.5)
-            if titles and c == 0:
-                ax.text(-0.15, 0.5, titles[r], transform=ax.transAxes, ha="right", va="center", fontsize=11)
-        replace_file(out / name, lambda p: figure.savefig(p, dpi=110, format="png"))
+    methods, pairs, pictures = {}, {}, {}
+    for method in opt.methods.split(","):
+        network, how = get_model(method, opt, data)
+        make, title = functools.partial(values_of, method, network, opt), METHODS[method].title
+        entry = dict(recipe={k: how[k] for k in ("alpha", "steps", "lr", "window")})
+        methods[method], pairs[method] = entry, {}
+        if "sample" in opt.tasks:
+            images = make("samples", data["test"])
+            probs, features = opinions(judge, images)
+            entry.update(judged(probs, features, data, reference, real))
+            pairs[method]["ratio"] = torch.isin(probs.argmax(1), forget)
+            pictures.setdefault("samples", {})[title] = images[:16]
+        if "likelihood" in opt.tasks:
+            entry["nll_bits_per_dim"], bits = likelihoods(parts, make)
+            pairs[method].update(bits)
+        for task in [task for task in ("inpaint", "reconstruct") if task in opt.tasks]:
+            tests = torch.cat([x[:8] for x, _ in parts.values()])
+            rows = pictures.setdefault(task, {"test images": tests})
+            images = {key: make(f"{task} {key}", x) for key, (x, _) in parts.items()}
+            entry[task] = {key: restored(x, images[key], y, judge) for key, (x, y) in parts.items()}
+            rows[title] = torch.cat([x[:8] for x in images.values()])
+    for method, other in [(m, o) for o in ("unseen", "standard") for m in methods if o in methods]:
+        if method != other:
+            methods[method][f"minus {other}"] = {
+                key: paired(v, pairs[other][key]) for key, v in pairs[method].items()}
 
-    for method, (images, framed) in found.items():
-        grid(f"samples_{method}.png", images, framed, 10)
-    if found:
-        n = min(16, *(len(images) for images, _ in found.values()))
-        grid("before_after.png", [i for images, _ in found.values() for i in images[:n]], [f for _, framed in found.values() for f in framed[:n]],
-             n, [TITLES.get(m, m) for m in found])
-    for task in ("inpaint", "reconstruct"):
-        strips = {m: read_arrays(out / f"{task}_{m}.npz") for m in methods if (out / f"{task}_{m}.npz").exists()}
-        strips = {m: z for m, z in strips.items() if {"D_g", "D_f"} <= z.keys()}        # both: not stopped half way
-        if strips:                                                                      # eight images of D_g, then eight of D_f, framed
-            count = {key: min(8, *(len(z[key]) for z in strips.values())) for key in ("D_g", "D_f")}
-            originals = [data["test"][is_forgotten(data, "test") == wanted][:count[key]].numpy() for key, wanted in (("D_g", False), ("D_f", True))]
-            rows = {"original": np.concatenate(originals)}
-            if task == "inpaint":
-                rows["masked"] = rows["original"] * upper_half_hidden(data["test"]).to(torch.uint8).numpy()
-            rows.update({TITLES.get(m, m): np.concatenate([z[key][:count[key]] for key in count]) for m, z in strips.items()})
-            framed = ([False] * len(originals[0]) + [True] * len(originals[1])) * len(rows)
-            grid(f"{task}.png", [image for row in rows.values() for image in row], framed, sum(map(len, originals)), list(rows))
-    figure = Figure(figsize=(9, 3.2))
-    axes = figure.subplots(1, 2)
-    colours = ("#000000", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-    for i, method in enumerate(methods):
-        look = dict(color=colours[i % len(colours)], ls="-" if i < len(colours) else "--", lw=1, label=TITLES.get(method, method))
-        losses = np.array(read_checkpoint(out / f"{method}.pt")["losses"])
-        if len(losses):
-            axes[0].plot(losses[:, 0], losses[:, 1], **look)
-            if method not in METHODS or METHODS[method][1]:                             # a method of the user's own, called from elsewhere
-                axes[1].plot(losses[:, 0], losses[:, 2], **look)
-    axes[0].set(yscale="log", xlabel="step", title="keep loss (Eq. 8), weighted"), axes[0].legend(frameon=False)
-    axes[1].set(xlabel="step", title="forget loss, weighted")
-    figure.tight_layout()
-    replace_file(out / "losses.png", lambda p: figure.savefig(p, dpi=110, format="png"))
-
+    results = dict(command=command, device=machine, data=data["name"], config=config, judge=facts,
+                   seconds=dict(opt.seconds, total=sum(opt.seconds.values())), methods=methods,
+                   versions=dict(python=platform.python_version(), torch=torch.__version__))
+    save_json(f"{opt.out}/results.json", results)
+    for task, rows in pictures.items():
+        draw_picture(f"{opt.out}/{task}.png", rows, judge, data["forget"])
+    save_table(make_table(results), f"`{command}`, {machine}", opt.out)
+    return results
 
 def main(argv=None):
-    """The command line. Exit codes: 0 done, 2 something to mend (one line says what), 130 interrupted."""
-    opt, stop = parse_options(argv), []
-
-    def on_interrupt(*_):                                                               # the first Ctrl-C waits for a consistent state
-        stop.append(1)
-        if len(stop) > 1:
-            raise KeyboardInterrupt
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    """The command line. Exit codes: 0 done, 2 something to mend (a line says what), 130 Ctrl-C."""
     try:
-        run(opt, interrupted=lambda: bool(stop))
-    except (UsageError, FloatingPointError) as error:
-        print(f"sgu: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"sgu: cannot write {error.filename or 'the results'} ({error.strerror or error}); the same command goes on from what is saved", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        if opt.compile and type(error).__module__.startswith("torch._"):
-            print(f"sgu: --compile does not work here ({reason}); leave it out", file=sys.stderr)
-        elif "out of memory" in reason or "allocate memory" in reason:
-            print(f"sgu: out of memory ({reason}); the same command goes on from what is saved, on a machine with more memory; if it happened in training, "
-                  "--fresh with a smaller --batch-size", file=sys.stderr)
-        else:
-            raise
-        return 2
+        run(parse_options(argv))
+        return 0
+    except BrokenPipeError:                                       # all is saved; nobody reads on
+        sys.stdout = open(os.devnull, "w")
+        return 0
     except KeyboardInterrupt:
-        print("\nsgu: stopped and saved; the same command goes on from here", file=sys.stderr)
+        say("\nsgu: stopped; the same command goes on from the last save (without --fresh)")
         return 130
-    finally:
-        signal.signal(signal.SIGINT, before)
-    return 0
-
+    except (UsageError, FloatingPointError) as error:
+        text = str(error)
+    except OSError as error:
+        text = f"cannot write {error.filename or 'the results'} ({error.strerror or error})"
+    except RuntimeError as error:
+        if "memory" not in str(error) and not type(error).__module__.startswith("torch._"):
+            raise
+        text = f"{str(error)[:200]}: more memory, a smaller --batch-size or no --compile is needed"
+    say(f"sgu: {' '.join(text.split())}")
+    return 2
 
 if __name__ == "__main__":
     sys.exit(main())

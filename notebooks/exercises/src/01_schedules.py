@@ -10,10 +10,10 @@
 
 # %%
 import math, sys
-sys.path[:0] = ["../..", ".."]                     # sgu.py and test_sgu.py lie two folders up, style.py one
+sys.path[:0] = ["../..", ".."]                     # sgu.py lies two folders up, style.py one
 import torch
-import sgu, test_sgu
-from test_sgu import F64, SDES
+import sgu, checks
+from checks import F64, SDES
 
 # %% look
 from style import plt
@@ -47,8 +47,8 @@ def ve_marginal(t, sigma_min=0.01, sigma_max=20.):
     return torch.ones_like(t), sigma_min * (sigma_max / sigma_min) ** t
 
 # %% check 1.1 (2 points)
-test_sgu.check_ve_marginal(ve_marginal)
-test_sgu.check_ve_marginal(lambda t: ve_marginal(t, 0.1, 5.), 0.1, 5.)
+checks.check_ve_marginal(ve_marginal)
+checks.check_ve_marginal(lambda t: ve_marginal(t, 0.1, 5.), 0.1, 5.)
 
 # %% [markdown]
 # ## Question 1.2 (3 points, 10 minutes)
@@ -74,8 +74,8 @@ def vp_marginal(t, beta_0=0.1, beta_1=20.):
     return log_a.exp(), (-torch.expm1(2 * log_a)).sqrt()
 
 # %% check 1.2 (3 points)
-test_sgu.check_vp_marginal(vp_marginal)
-test_sgu.check_vp_marginal(lambda t: vp_marginal(t, 0.2, 8.), 0.2, 8.)
+checks.check_vp_marginal(vp_marginal)
+checks.check_vp_marginal(lambda t: vp_marginal(t, 0.2, 8.), 0.2, 8.)
 
 # %% [markdown]
 # ## Question 1.3 (2 points, 10 minutes)
@@ -106,7 +106,7 @@ def vp_diffusion(t):
     return (0.1 + 19.9 * t).sqrt()
 
 # %% check 1.3 (2 points)
-test_sgu.check_schedule(SDES["VP"], drift=vp_drift, diffusion=vp_diffusion)
+checks.check_schedule(SDES["VP"], drift=vp_drift, diffusion=vp_diffusion)
 
 # %% [markdown]
 # ## Question 1.4 (1 point, 5 minutes): predict, then run
@@ -123,7 +123,7 @@ guess_1_4 = 0.5
 guess_1_4 = 0.26
 
 # %% check 1.4 (1 point)
-test_sgu.check_prediction(guess_1_4, float(SDES["VP"].time(torch.ones(1, dtype=F64))), 0.1,
+checks.check_prediction(guess_1_4, float(SDES["VP"].time(torch.ones(1, dtype=F64))), 0.1,
                           "a^2 = 1/2 needs int beta = log 2 = 0.69 only; beta grows to 20, so most of the time axis is mostly noise")
 
 # %% [markdown]
@@ -158,8 +158,8 @@ def ddpm_marginal(t):                                            # line 1
 line_1_5 = 6
 
 # %% check 1.5 (3 points)
-with test_sgu.planted_bug(line_1_5, "1.5"):
-    test_sgu.check_ddpm_chain(ddpm_marginal)
+with checks.planted_bug(line_1_5, "1.5"):
+    checks.check_ddpm_chain(ddpm_marginal)
 
 # %% look
 t = torch.linspace(0.001, 1, 1000, dtype=F64)

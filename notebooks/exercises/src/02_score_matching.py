@@ -12,10 +12,10 @@
 
 # %%
 import math, sys
-sys.path[:0] = ["../..", ".."]                     # sgu.py and test_sgu.py lie two folders up, style.py one
+sys.path[:0] = ["../..", ".."]                     # sgu.py lies two folders up, style.py one
 import torch
-import sgu, test_sgu
-from test_sgu import F64, SDES
+import sgu, checks
+from checks import F64, SDES
 
 # %% [markdown]
 # ## Question 2.1 (2 points, 10 minutes)
@@ -24,7 +24,7 @@ from test_sgu import F64, SDES
 #
 # $$L = \frac{1}{B} \sum_{b} \frac{1}{D} \sum_{i} (e_{bi} - z_{bi})^2, \qquad e = -s(t) \cdot \mathrm{score}(x_t, t), \qquad x_t = a(t) x_0 + s(t) z.$$
 #
-# `sgu.expand(s, x0)` turns numbers of shape (B,) into shape (B, 1, ..., 1), so that they multiply images. $t$ and $z$ are given.
+# `sgu.per_sample(s, x0)` turns numbers of shape (B,) into shape (B, 1, ..., 1), so that they multiply images. $t$ and $z$ are given.
 # **Marked by** `check_noising` (is the score asked at the right point?) and `check_score_matching_value` (the number, against plain loops).
 
 # %% student 2.1
@@ -35,14 +35,14 @@ def keep_loss(score, sde, x0, t, z):
 # %% solution 2.1
 def keep_loss(score, sde, x0, t, z):
     """x0: (B, ...), t: (B,), z: (B, ...) -> one number >= 0."""
-    a, s = (sgu.expand(v, x0) for v in sde.marginal(t))
+    a, s = (sgu.per_sample(v, x0) for v in sde.marginal(t))
     e = -s * score(a * x0 + s * z, t)
     return (e - z).square().mean()
 
 # %% check 2.1 (2 points)
 for sde in (SDES["VE"], SDES["VP"]):
-    test_sgu.check_noising(keep_loss, sde)
-    test_sgu.check_score_matching_value(keep_loss, sde)
+    checks.check_noising(keep_loss, sde)
+    checks.check_score_matching_value(keep_loss, sde)
 
 # %% [markdown]
 # ## Question 2.2 (2 points, 10 minutes)
@@ -61,13 +61,13 @@ def gaussian_score(m, v, sde):
 def gaussian_score(m, v, sde):
     """m: (D,), v: a number -> the function score(x, t), x: (B, D), t: (B,) -> (B, D)."""
     def score(x, t):
-        a, s = (sgu.expand(r, x) for r in sde.marginal(t))
+        a, s = (sgu.per_sample(r, x) for r in sde.marginal(t))
         return -(x - a * m) / (a ** 2 * v + s ** 2)
     return score
 
 # %% check 2.2 (2 points)
-test_sgu.check_gaussian_score(gaussian_score, SDES["VE"])
-test_sgu.check_gaussian_score(gaussian_score, SDES["VP"])
+checks.check_gaussian_score(gaussian_score, SDES["VE"])
+checks.check_gaussian_score(gaussian_score, SDES["VP"])
 
 # %% [markdown]
 # ## Question 2.3 (2 points, 10 minutes)
@@ -91,7 +91,7 @@ def denoise(score, sde, x, t):
     return (x + s ** 2 * sgu.score_at(score, x, t)) / a
 
 # %% check 2.3 (2 points)
-test_sgu.check_denoise(denoise, SDES["VP"])
+checks.check_denoise(denoise, SDES["VP"])
 
 # %% [markdown]
 # ## Question 2.4 (2 points, 10 minutes): predict, then run
@@ -117,11 +117,11 @@ why_2_4 = "With little noise every small wrinkle of the image could be the image
 
 # %% check 2.4 (2 points)
 def smallest_loss(time, n=4000):
-    x0 = test_sgu.GAUSS.sample(n, test_sgu.seeded(0))
-    return float(sgu.score_matching_loss(test_sgu.GAUSS.score(SDES["VP"]), SDES["VP"], x0, t=torch.full((n,), time), generator=test_sgu.seeded(1)))
+    x0 = checks.GAUSS.sample(n, checks.seeded(0))
+    return float(sgu.score_matching_loss(checks.GAUSS.score(SDES["VP"]), SDES["VP"], x0, t=torch.full((n,), time), generator=checks.seeded(1)))
 
 low, high = smallest_loss(0.05), smallest_loss(0.95)
-test_sgu.check_prediction(choice_2_4, "a" if low > 2 * high else "b" if high > 2 * low else "c", None,
+checks.check_prediction(choice_2_4, "a" if low > 2 * high else "b" if high > 2 * low else "c", None,
                           f"the loss of the exact score is {low:.2f} at t = 0.05 and {high:.4f} at t = 0.95")
 
 # %% [markdown]
@@ -146,7 +146,7 @@ def make_score(model, sde, data_std=0.5):
 def make_score(model, sde, data_std=0.5):
     """model(input, noise) with input: (B, ...), noise: (B,) -> the function score(x, t)."""
     def score(x, t):
-        a, s = (sgu.expand(v, x) for v in sde.marginal(t))
+        a, s = (sgu.per_sample(v, x) for v in sde.marginal(t))
         y, sigma = x / a, s / a
         total = (sigma ** 2 + data_std ** 2).sqrt()
         e = sigma * y / total ** 2 - data_std / total * model(y / total, sigma.flatten().log() / 4)
@@ -154,8 +154,8 @@ def make_score(model, sde, data_std=0.5):
     return score
 
 # %% check 2.5 (3 points)
-test_sgu.check_make_score(make_score, SDES["VE"])
-test_sgu.check_make_score(make_score, SDES["VP"])
+checks.check_make_score(make_score, SDES["VE"])
+checks.check_make_score(make_score, SDES["VP"])
 
 # %% look
 # The score of a mixture of three Gaussians at three noise levels: arrows point to where data are.
@@ -164,6 +164,6 @@ side = torch.linspace(-4, 4, 17)
 x = torch.cartesian_prod(side, side)
 figure, axes = plt.subplots(1, 3, figsize=(10, 3.4))
 for ax, t in zip(axes, (0.3, 0.6, 0.8)):
-    arrow = test_sgu.TOY.score(SDES["VE"])(x, torch.full((len(x),), t))
+    arrow = checks.TOY.score(SDES["VE"])(x, torch.full((len(x),), t))
     ax.quiver(*x.T, *arrow.T, color=KEEP), ax.set_aspect("equal")
     ax.set_title(f"s = {float(SDES['VE'].marginal(torch.tensor(t))[1]):.2f}", fontsize=10)

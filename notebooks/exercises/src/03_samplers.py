@@ -6,10 +6,10 @@
 
 # %%
 import math, sys
-sys.path[:0] = ["../..", ".."]                     # sgu.py and test_sgu.py lie two folders up, style.py one
+sys.path[:0] = ["../..", ".."]                     # sgu.py lies two folders up, style.py one
 import torch
-import sgu, test_sgu
-from test_sgu import F64, SDES, TILTED, seeded
+import sgu, checks
+from checks import F64, SDES, TILTED, seeded
 
 # %% [markdown]
 # ## Question 3.1 (3 points, 15 minutes)
@@ -42,8 +42,8 @@ def sampler(score, sde, shape, generator):
     return sgu.denoise(score, sde, x, grid[-1])
 
 for sde in (SDES["VP"], SDES["VE"]):
-    test_sgu.check_reverse_step(reverse_step, sde)
-test_sgu.check_sampler(sampler, SDES["VP"], n=5000)
+    checks.check_reverse_step(reverse_step, sde)
+checks.check_sampler(sampler, SDES["VP"], n=5000)
 
 # %% look
 # Your own sampler, on the way: 400 points at six times.
@@ -77,8 +77,8 @@ def langevin_step(score, sde, x, t, snr, generator):
     return x + eps * sgu.score_at(score, x, t) + math.sqrt(2 * eps) * sgu.noise_like(x, generator)
 
 # %% check 3.2 (2 points)
-test_sgu.check_langevin(langevin_step, SDES["VE"])
-test_sgu.check_langevin(langevin_step, SDES["VP"])
+checks.check_langevin(langevin_step, SDES["VE"])
+checks.check_langevin(langevin_step, SDES["VP"])
 
 # %% [markdown]
 # ## Question 3.3 (3 points, 10 minutes): find the bug
@@ -115,8 +115,8 @@ def ode_sample(score, sde, shape, steps=100, generator=None):                   
 line_3_3 = 4
 
 # %% check 3.3 (3 points)
-with test_sgu.planted_bug(line_3_3, "3.3"):
-    test_sgu.check_ode_map(ode_sample, SDES["VP"], steps=100, tol=0.002)    # Euler is off by 0.005
+with checks.planted_bug(line_3_3, "3.3"):
+    checks.check_ode_map(ode_sample, SDES["VP"], steps=100, tol=0.002)    # Euler is off by 0.005
 
 # %% [markdown]
 # ## Question 3.4 (2 points, 10 minutes): predict, then run
@@ -142,5 +142,5 @@ why_3_4 = "The noise of every step stays as strong as before, but the pull back 
 # %% check 3.4 (2 points)
 score = TILTED.score(SDES["VE"])
 spread = [float(sgu.euler_maruyama(s, SDES["VE"], (4000, 2), steps=100, generator=seeded(1)).std(0).mean()) for s in (score, lambda x, t: score(x, t) / 2)]
-test_sgu.check_prediction(choice_3_4, "a" if spread[1] < 0.9 * spread[0] else "c" if spread[1] > 1.1 * spread[0] else "b", None,
+checks.check_prediction(choice_3_4, "a" if spread[1] < 0.9 * spread[0] else "c" if spread[1] > 1.1 * spread[0] else "b", None,
                           f"the spread is {spread[0]:.2f} with the score and {spread[1]:.2f} with half of it")

@@ -7,10 +7,10 @@
 
 # %%
 import math, sys
-sys.path[:0] = ["../..", ".."]                     # sgu.py and test_sgu.py lie two folders up, style.py one
+sys.path[:0] = ["../..", ".."]                     # sgu.py lies two folders up, style.py one
 import torch
-import sgu, test_sgu
-from test_sgu import F64, SDES, seeded
+import sgu, checks
+from checks import F64, SDES, seeded
 
 # %% [markdown]
 # ## Question 4.1 (2 points, 10 minutes)
@@ -36,7 +36,7 @@ def divergence(field, x):
     return sum(torch.autograd.grad(v[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(x.shape[1]))
 
 # %% check 4.1 (2 points)
-test_sgu.check_divergence(divergence)
+checks.check_divergence(divergence)
 
 # %% [markdown]
 # ## Question 4.2 (2 points, 10 minutes)
@@ -60,7 +60,7 @@ def hutchinson(field, x, r):
     return (row * r).sum(1)
 
 # %% check 4.2 (2 points)
-test_sgu.check_hutchinson_probe(hutchinson)
+checks.check_hutchinson_probe(hutchinson)
 
 # %% [markdown]
 # ## Question 4.3 (4 points, 25 minutes)
@@ -106,8 +106,8 @@ def log_likelihood(score, sde, x, steps=100, exact=True):
     return sde.prior_log_prob(float(a[-1]) * y) + x.shape[1] * float((a[-1] / a[0]).log()) + total
 
 # %% check 4.3 (4 points)
-test_sgu.check_heun_likelihood(log_likelihood, SDES["VP"])
-test_sgu.check_likelihood(log_likelihood, SDES["VP"], prior_mismatch=0.02)
+checks.check_heun_likelihood(log_likelihood, SDES["VP"])
+checks.check_likelihood(log_likelihood, SDES["VP"], prior_mismatch=0.02)
 
 # %% [markdown]
 # ## Question 4.4 (2 points, 10 minutes): find the bug
@@ -140,8 +140,8 @@ def bits_per_dim(score, sde, x, generator=None):                                
 line_4_4 = 6
 
 # %% check 4.4 (2 points)
-with test_sgu.planted_bug(line_4_4, "4.4"):
-    test_sgu.check_bits_per_dim(bits_per_dim, SDES["VP"])
+with checks.planted_bug(line_4_4, "4.4"):
+    checks.check_bits_per_dim(bits_per_dim, SDES["VP"])
 
 # %% [markdown]
 # ## Question 4.5 (2 points, 10 minutes): predict, then run
@@ -160,5 +160,5 @@ why_4_5 = "Under uniform noise every image has the same probability, 256^-D; lik
 
 # %% check 4.5 (2 points)
 grey = torch.full((4, 1, 6, 6), 0.2)
-bits = float(sgu.bits_per_dim(test_sgu.uniform_score(SDES["VP"]), SDES["VP"], grey, generator=seeded(0)).mean())
-test_sgu.check_prediction(guess_4_5, bits, 0.2, "under this model all images are equally likely, the simple ones too")
+bits = float(sgu.bits_per_dim(checks.uniform_score(SDES["VP"]), SDES["VP"], grey, generator=seeded(0)).mean())
+checks.check_prediction(guess_4_5, bits, 0.2, "under this model all images are equally likely, the simple ones too")

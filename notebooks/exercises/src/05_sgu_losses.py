@@ -8,10 +8,10 @@
 
 # %%
 import math, sys
-sys.path[:0] = ["../..", ".."]                     # sgu.py and test_sgu.py lie two folders up, style.py one
+sys.path[:0] = ["../..", ".."]                     # sgu.py lies two folders up, style.py one
 import torch
-import sgu, test_sgu, toy_gmm
-from test_sgu import F64, SDES
+import sgu, checks, toy_gmm
+from checks import F64, SDES
 
 # %% [markdown]
 # ## Question 5.1 (2 points, 10 minutes)
@@ -31,13 +31,13 @@ def agreement(score, sde, x0, t, z):
 # %% solution 5.1
 def agreement(score, sde, x0, t, z):
     """x0: (B, ...), t: (B,), z: (B, ...) -> e.z / D of every image: (B,)."""
-    a, s = (sgu.expand(v, x0) for v in sde.marginal(t))
+    a, s = (sgu.per_sample(v, x0) for v in sde.marginal(t))
     e = -s * score(a * x0 + s * z, t)
     return (e * z).flatten(1).mean(1)
 
 # %% check 5.1 (2 points)
-test_sgu.check_agreement(agreement, SDES["VE"])
-test_sgu.check_agreement(agreement, SDES["VP"])
+checks.check_agreement(agreement, SDES["VE"])
+checks.check_agreement(agreement, SDES["VP"])
 
 # %% [markdown]
 # ## Question 5.2 (3 points, 10 minutes): find the bug
@@ -51,7 +51,7 @@ test_sgu.check_agreement(agreement, SDES["VP"])
 
 # %% student 5.2 bug: your sign is flipped: the score turns toward the forgotten data
 def obtuse_loss(score, sde, x0, t, z):                               # line 1
-    a, s = (sgu.expand(v, x0) for v in sde.marginal(t))              # line 2
+    a, s = (sgu.per_sample(v, x0) for v in sde.marginal(t))          # line 2
     x_t = a * x0 + s * z                                             # line 3
     u = (x_t - a * x0) / s ** 2                                      # line 4
     product = s ** 2 * score(x_t, t) * u                             # line 5
@@ -61,7 +61,7 @@ line_5_2 = 0
 
 # %% solution 5.2
 def obtuse_loss(score, sde, x0, t, z):                               # line 1
-    a, s = (sgu.expand(v, x0) for v in sde.marginal(t))              # line 2
+    a, s = (sgu.per_sample(v, x0) for v in sde.marginal(t))          # line 2
     x_t = a * x0 + s * z                                             # line 3
     u = -(x_t - a * x0) / s ** 2                                     # line 4
     product = s ** 2 * score(x_t, t) * u                             # line 5
@@ -70,10 +70,10 @@ def obtuse_loss(score, sde, x0, t, z):                               # line 1
 line_5_2 = 4
 
 # %% check 5.2 (3 points)
-with test_sgu.planted_bug(line_5_2, "5.2"):
+with checks.planted_bug(line_5_2, "5.2"):
     for sde in (SDES["VE"], SDES["VP"]):
-        test_sgu.check_obtuse_sign(obtuse_loss, sde)
-        test_sgu.check_obtuse_turns(obtuse_loss, sde)
+        checks.check_obtuse_sign(obtuse_loss, sde)
+        checks.check_obtuse_turns(obtuse_loss, sde)
 
 # %% [markdown]
 # ## Question 5.3 (3 points, 15 minutes): find the bug
@@ -88,7 +88,7 @@ with test_sgu.planted_bug(line_5_2, "5.2"):
 
 # %% student 5.3 bug: you squared element by element: square the INNER product, after the sum over pixels
 def orthogonal_loss(score, sde, x0, t, z):                           # line 1
-    a, s = (sgu.expand(v, x0) for v in sde.marginal(t))              # line 2
+    a, s = (sgu.per_sample(v, x0) for v in sde.marginal(t))          # line 2
     u = -z / s                                                       # line 3
     value = score(a * x0 + s * z, t)                                 # line 4
     product = s ** 2 * value * u                                     # line 5
@@ -98,7 +98,7 @@ line_5_3 = 0
 
 # %% solution 5.3
 def orthogonal_loss(score, sde, x0, t, z):                           # line 1
-    a, s = (sgu.expand(v, x0) for v in sde.marginal(t))              # line 2
+    a, s = (sgu.per_sample(v, x0) for v in sde.marginal(t))          # line 2
     u = -z / s                                                       # line 3
     value = score(a * x0 + s * z, t)                                 # line 4
     product = s ** 2 * value * u                                     # line 5
@@ -107,9 +107,9 @@ def orthogonal_loss(score, sde, x0, t, z):                           # line 1
 line_5_3 = 6
 
 # %% check 5.3 (3 points)
-with test_sgu.planted_bug(line_5_3, "5.3"):
-    test_sgu.check_orthogonal(orthogonal_loss, SDES["VE"])
-    test_sgu.check_orthogonal(orthogonal_loss, SDES["VP"])
+with checks.planted_bug(line_5_3, "5.3"):
+    checks.check_orthogonal(orthogonal_loss, SDES["VE"])
+    checks.check_orthogonal(orthogonal_loss, SDES["VP"])
 
 # %% [markdown]
 # ## Question 5.4 (2 points, 10 minutes)
@@ -133,7 +133,7 @@ def sgu_loss(score, sde, x_g, x_f, alpha, forget_loss=sgu.orthogonal_loss, gener
             + (1 - alpha) * forget_loss(score, sde, x_f, generator=generator))
 
 # %% check 5.4 (2 points)
-test_sgu.check_sgu_loss(sgu_loss)
+checks.check_sgu_loss(sgu_loss)
 
 # %%
 def change(method, alpha):
@@ -167,7 +167,7 @@ why_5_5 = "At one x_t the forgotten noise comes from many directions, and only e
 
 # %% check 5.5 (2 points)
 length, cosine = change("orthogonal", 0.001)
-test_sgu.check_prediction(choice_5_5, "b" if length < 0.1 else "c" if cosine < -0.5 else "a", None,
+checks.check_prediction(choice_5_5, "b" if length < 0.1 else "c" if cosine < -0.5 else "a", None,
                           f"it is {length:.4f} times as long as that of kept data, and the cosine between them is {cosine:.2f}")
 
 # %% [markdown]
@@ -193,7 +193,7 @@ why_5_6 = "The obtuse loss is linear and has no lower bound: only the keep loss,
 
 # %% check 5.6 (2 points)
 growth = change("obtuse", 0.001)[0] / change("obtuse", 0.1)[0]
-test_sgu.check_prediction(choice_5_6, "a" if growth < 0.1 else "b" if growth < 10 else "c", None, f"the length grows by a factor of {growth:.3g}")
+checks.check_prediction(choice_5_6, "a" if growth < 0.1 else "b" if growth < 10 else "c", None, f"the length grows by a factor of {growth:.3g}")
 
 # %% look
 # The exact minimisers along the diagonal through all three Gaussians.

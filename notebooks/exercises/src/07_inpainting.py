@@ -6,10 +6,10 @@
 
 # %%
 import math, sys
-sys.path[:0] = ["../..", ".."]                     # sgu.py and test_sgu.py lie two folders up, style.py one
+sys.path[:0] = ["../..", ".."]                     # sgu.py lies two folders up, style.py one
 import torch
-import sgu, test_sgu
-from test_sgu import F64, SDES, Mixture, seeded
+import sgu, checks
+from checks import F64, SDES, Mixture, seeded
 
 # %% [markdown]
 # ## Question 7.1 (2 points, 10 minutes)
@@ -33,8 +33,8 @@ def pin(y, x, known, sde, t, generator):
     return torch.where(known, a * x + s * sgu.noise_like(x, generator), y)
 
 # %% check 7.1 (2 points)
-test_sgu.check_pin(pin, SDES["VE"])
-test_sgu.check_pin(pin, SDES["VP"])
+checks.check_pin(pin, SDES["VE"])
+checks.check_pin(pin, SDES["VP"])
 
 # %% [markdown]
 # ## Question 7.2 (3 points, 15 minutes): find the bug
@@ -70,8 +70,8 @@ def inpaint_once(score, sde, x, mask, steps=40, generator=None):                
 line_7_2 = 5
 
 # %% check 7.2 (3 points)
-with test_sgu.planted_bug(line_7_2, "7.2"):
-    test_sgu.check_inpaint_keeps(inpaint_once, SDES["VE"])
+with checks.planted_bug(line_7_2, "7.2"):
+    checks.check_inpaint_keeps(inpaint_once, SDES["VE"])
 
 # %% [markdown]
 # ## Question 7.3 (2 points, 10 minutes): predict, then run
@@ -98,7 +98,7 @@ why_7_3 = "A hidden pixel was drawn before it could see the known one at this le
 pair, n = Mixture([1.], [[0., 0.]], [[[.25, .2], [.2, .25]]]), 5000
 x, mask = torch.tensor([0.5, 0.]).reshape(1, 1, 1, 2).expand(n, 1, 1, 2), torch.tensor([1., 0.]).reshape(1, 1, 1, 2)
 mean = float(sgu.inpaint(pair.score(SDES["VE"]), SDES["VE"], x, mask, repeats=1, generator=seeded(5))[..., 1].mean())
-test_sgu.check_prediction(choice_7_3, "a" if mean < 0.36 else "c" if mean > 0.44 else "b", None, f"the fillings' mean is {mean:.2f}")
+checks.check_prediction(choice_7_3, "a" if mean < 0.36 else "c" if mean > 0.44 else "b", None, f"the fillings' mean is {mean:.2f}")
 
 # %% [markdown]
 # ## Question 7.4 (4 points, 25 minutes)
@@ -142,11 +142,11 @@ def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
     return torch.where(known, x, sgu.denoise(score, sde, y, grid[-1]))
 
 # %% check 7.4 (4 points)
-test_sgu.check_back_up(back_up)
+checks.check_back_up(back_up)
 for sde in (SDES["VE"], SDES["VP"]):
-    test_sgu.check_inpaint_keeps(inpaint, sde)
-    test_sgu.check_inpaint_walk(inpaint, sde)
-test_sgu.check_inpaint_conditional(inpaint, SDES["VE"])
+    checks.check_inpaint_keeps(inpaint, sde)
+    checks.check_inpaint_walk(inpaint, sde)
+checks.check_inpaint_conditional(inpaint, SDES["VE"])
 
 # %% look
 # The filled pixel against the law that it should follow, with one and with ten repeats. Known neighbour: 0.5.

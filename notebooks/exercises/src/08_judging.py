@@ -6,10 +6,10 @@
 
 # %%
 import math, sys
-sys.path[:0] = ["../..", ".."]                     # sgu.py and test_sgu.py lie two folders up, style.py one
+sys.path[:0] = ["../..", ".."]                     # sgu.py lies two folders up, style.py one
 import torch
-import sgu, test_sgu, toy_gmm
-from test_sgu import F64, seeded
+import sgu, checks, toy_gmm
+from checks import F64, seeded
 
 # %% [markdown]
 # ## Question 8.1 (3 points, 15 minutes)
@@ -34,7 +34,7 @@ def wilson(k, n):
     return [max(0.0, centre - spread), min(1.0, centre + spread)]
 
 # %% check 8.1 (3 points)
-test_sgu.check_wilson(wilson)
+checks.check_wilson(wilson)
 
 # %% [markdown]
 # ## Question 8.2 (1 point, 5 minutes): predict, then run
@@ -50,7 +50,7 @@ guess_8_2 = 0.0
 guess_8_2 = 0.16
 
 # %% check 8.2 (1 point)
-test_sgu.check_prediction(guess_8_2, sgu.wilson(0, 20)[1], 0.05, "to be sure of less than 1% you need some 400 samples without a single hit")
+checks.check_prediction(guess_8_2, sgu.wilson(0, 20)[1], 0.05, "to be sure of less than 1% you need some 400 samples without a single hit")
 
 # %% [markdown]
 # ## Question 8.3 (3 points, 15 minutes): find the bug
@@ -83,8 +83,8 @@ def report(probs, forget):                                                      
 line_8_3 = 6
 
 # %% check 8.3 (3 points)
-with test_sgu.planted_bug(line_8_3, "8.3"):
-    test_sgu.check_report(report)
+with checks.planted_bug(line_8_3, "8.3"):
+    checks.check_report(report)
 
 # %% [markdown]
 # ## Question 8.4 (2 points, 10 minutes): predict, then run
@@ -105,7 +105,7 @@ why_8_4 = "It errs on 2% and names one of nine other digits, two of which are fo
 true, case = torch.tensor([0, 1, 2, 4, 5, 6, 8, 9])[:, None], torch.arange(4500)       # 90 of 4,500 images of each digit are misread
 verdict = torch.where(case < 90, (true + 1 + case % 9) % 10, true)
 floor = float(torch.isin(verdict, torch.tensor([3, 7])).float().mean())
-test_sgu.check_prediction(guess_8_4, floor, 0.0003, "the judge's own errors are a floor: no model can be reported below it, except by drawing easier digits")
+checks.check_prediction(guess_8_4, floor, 0.0003, "the judge's own errors are a floor: no model can be reported below it, except by drawing easier digits")
 
 # %% [markdown]
 # ## Question 8.5 (3 points, 15 minutes)
@@ -135,7 +135,7 @@ def frechet(f1, f2):
     return float((f1.mean(0) - f2.mean(0)).square().sum() + c1.trace() + c2.trace() - 2 * cross.trace())
 
 # %% check 8.5 (3 points)
-test_sgu.check_frechet(frechet)
+checks.check_frechet(frechet)
 
 # %% [markdown]
 # ## Question 8.6 (2 points, 10 minutes): predict, then run
@@ -164,7 +164,7 @@ why_8_6 = "An unlearned score need not be the gradient of any log-density, and n
 
 # %% check 8.6 (2 points)
 limit = toy_gmm.paper_unit(toy_gmm.limit(toy_gmm.from_paper_unit(39.01)))
-test_sgu.check_prediction(choice_8_6, "c" if limit > 10.69 else "b" if limit > 10.59 else "a", None, f"the least NLL of D_g that a density can have is {limit:.2f}, not 10.64")
+checks.check_prediction(choice_8_6, "c" if limit > 10.69 else "b" if limit > 10.59 else "a", None, f"the least NLL of D_g that a density can have is {limit:.2f}, not 10.64")
 
 # %% look
 # One judge's reports on three models: one that forgot, one that did nothing, one that draws only noise.
