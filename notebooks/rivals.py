@@ -1,323 +1,441 @@
-"""Experiments of notebooks 03, 07, 09 and 10 that take longer than a notebook should. Run from the repository's top folder.
+"""Rivals of SGU as methods of sgu.py, and the comparisons that take longer than a notebook should.
 
-    python notebooks/rivals.py toy                      all methods on the three Gaussians     -> results/rivals-toy.json
-    python notebooks/rivals.py mnist --data-root data   all methods on MNIST, forget 3 and 7   -> results/rivals-mnist-3,7.json
-    python notebooks/rivals.py relearn                  how fast do 100 images bring 3 and 7 back?    -> results/relearn-mnist-3,7.json
-    python notebooks/rivals.py samplers                 the ratio by sampler and number of steps      -> results/samplers-mnist-3,7.json
-    python notebooks/rivals.py seeds                    VE and VP, fine-tuned and re-trained, three seeds    -> results/seeds-mnist-3,7.json
-    python notebooks/rivals.py noise                    which noise should CIFAR-10 train at?         -> results/noise-cifar10.json
+    python notebooks/rivals.py run --methods siss    the command of sgu.py, with the rivals' methods
+    python notebooks/rivals.py toy          every method on the three Gaussians
+    python notebooks/rivals.py mnist        every method on MNIST, forget 3 and 7
+    python notebooks/rivals.py relearn      how fast do 100 images bring 3 and 7 back?
+    python notebooks/rivals.py samplers     the ratio by sampler and number of steps
+    python notebooks/rivals.py seeds        VE and VP, fine-tuned and re-trained, three seeds
+    python notebooks/rivals.py noise        which noise should CIFAR-10 train at?
 
-Every trial is a file in --out (default runs/rivals); a run that was stopped goes on. relearn needs the networks of mnist in --out.
+Run it from the repository's top folder. A comparison writes one file of notebooks/results. Its
+trials are files in --out, so one that was stopped goes on; relearn needs mnist's networks there.
 
-The rules of the comparison. All methods start from one Standard network and get the same number of gradients of a batch (plain
-fine-tuning, which needs no forget gradient, takes twice the steps; what SalUn and Fisher look at first and the forward pass of the
-reference in SGU-Relative come on top). Each is tried in the three settings of SETTINGS with one seed, on the validation half of the
-test images; the setting whose samples come closest to the real kept data (distance of all samples: what is
-left of the forgotten classes counts, and so does damage) is run with three other seeds and measured on the other half. The distance is
-Frechet's on the judge's features; on the three Gaussians, whose mean and covariance hardly feel the middle one, the energy distance.
+The rules of toy and mnist. All methods start from one Standard network and get the same number of
+gradients of a batch (plain fine-tuning, which has no forget gradient, takes twice the steps; what
+SalUn and Fisher look at first and the forward pass of SGU-Relative's reference come on top). Each
+is tried in the three settings of SETTINGS with one seed, on one half of the test images. The one
+whose samples come closest to real kept data wins, by the distance of all samples: what is left of
+the forgotten classes counts, and so does damage. It is run with three other seeds and measured on
+the other half. The distance is Frechet's of the judge's features; on the Gaussians, whose mean and
+covariance hardly feel the middle one, it is the energy distance.
 """
-import argparse, concurrent.futures, contextlib, copy, functools, io, json, math, multiprocessing, os, pathlib, platform, shutil, sys, time
+import argparse, concurrent.futures, contextlib, copy, functools, io, json, math, multiprocessing
+import os, pathlib, platform, sys, time
 
 here = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
 
 import numpy as np
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import sgu, toy_gmm
+import sgu
 
-WIDE, NARROW = (0., 6.), (0.2, 3.)                                      # windows in sigma: sgu.py's own, and that of SGU-Relative
-MILD, STRONG = ((0.95, 0.5, WIDE), (0.8, 0.5, WIDE), (0.8, 0.5, NARROW)), ((0.9, 0.5, WIDE), (0.7, 0.5, WIDE), (0.7, 0.5, NARROW))
-OBTUSE = ((0.85, 0.5, WIDE), (0.75, 0.5, WIDE), (0.75, 0.5, NARROW))
-ALL = (0., 20.)                                                         # every noise level of the toy's schedule
-SETTINGS = dict(            # domain: method: three of (alpha, share of Standard's learning rate, window of the forget loss)
-    mnist=dict(finetune=((1., 0.25, WIDE), (1., 0.5, WIDE), (1., 1., WIDE)), orthogonal=((0.8, 0.5, WIDE), (0.6, 0.5, WIDE), (0.6, 0.5, NARROW)), obtuse=OBTUSE,
-               relative=((0.55, 0.5, NARROW), (0.55, 1., NARROW), (0.55, 0.5, WIDE)), neggrad=MILD, siss=STRONG, erasediff=STRONG, erasediff_zero=STRONG,
-               salun=OBTUSE, fisher=MILD),
-    toy={method: tuple((alpha, 0.5, ALL) for alpha in alphas) for method, alphas in dict(
-        orthogonal=(0.95, 0.9, 0.8), obtuse=(0.92, 0.85, 0.7), relative=(0.9, 0.75, 0.55), neggrad=(0.99, 0.985, 0.97), siss=(0.97, 0.9, 0.7),
-        erasediff=(0.97, 0.9, 0.7), erasediff_zero=(0.97, 0.9, 0.7), salun=(0.92, 0.85, 0.7), fisher=(0.99, 0.985, 0.97)).items()},
+# ==== 1. The rivals. Importing this file adds them to sgu.METHODS ================================
+
+def neggrad_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
+    """NegGrad+ (Kurmanji et al. 2023; Eq. 7 taken literally): minus the keep loss, on D_f.
+    x0: (B, ...) from D_f -> scalar <= 0. It has no lower bound."""
+    return -sgu.score_matching_loss(score, sde, x0, t, z, weighting, generator)
+
+def erasediff_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None, centre=0.5):
+    """EraseDiff (Wu et al. 2024): aim e on D_f at uniform noise of mean centre, 0.5 as published.
+    x0: (B, ...) from D_f -> scalar >= 0. Alone its optimum is the constant e = centre, a uniform
+    push (none for 0); with the keep loss it is (e_g + R centre)/(1 + R)."""
+    t, e, z = sgu.predict_noise(score, sde, x0, t, z, generator)
+    aim = torch.rand(e.shape, generator=generator, device=e.device) - 0.5 + centre
+    return (sgu.loss_weight(sde, t, weighting) * (e - aim).square().mean(1)).mean()
+
+erasediff_zero_loss = functools.partial(erasediff_loss, centre=0.0)
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+def siss_backward(model, keep_loss, forget_loss, alpha):
+    """The step of SISS (Alberti et al. 2025) without its importance sampling: the keep gradient,
+    and the forget gradient scaled to 1 - alpha times its norm."""
+    weights, norm = trainable(model), torch.nn.utils.get_total_norm
+    away = torch.autograd.grad(forget_loss, weights, materialize_grads=True)
+    keep_loss.backward()
+    scale = (1 - alpha) * norm([p.grad for p in weights]) / norm(away).clamp(min=1e-12)
+    for p, g in zip(weights, away):
+        p.grad.add_(scale * g)
+
+def siss(standard_score, arguments):
+    return dict(arguments, backward=siss_backward)
+
+def weighting_of(arguments, i):
+    """The weight of the keep (0) or of the forget loss (1) that train will use."""
+    weighting, std = arguments["recipe"].weighting, arguments.get("data_std")
+    if weighting == "balanced":
+        std = getattr(arguments["model"], "data_std", 0.5) if std is None else std
+        return sgu.balanced_weight(arguments["sde"], std, (1.0, 0.5)[i])
+    return weighting[i] if isinstance(weighting, tuple) else weighting
+
+def gradients(arguments, loss, data, weighting, window, batches, batch_size):
+    """The gradients of loss on random batches of data at the model's weights, one list a batch."""
+    model, sde, recipe = (arguments[key] for key in ("model", "sde", "recipe"))
+    score = sgu.make_score(model, sde, arguments.get("data_std"), recipe.precision)
+    g = torch.Generator(data.device).manual_seed(arguments["seed"])
+    for _ in range(batches):
+        x0 = data[torch.randint(len(data), (batch_size,), generator=g, device=data.device)]
+        x0 = sgu.dequantise(x0, g) if x0.dtype == torch.uint8 else x0
+        t = sgu.sample_times(sde, batch_size, g, data.device, window, recipe.noise_law)
+        value = loss(score, sde, x0, t=t, weighting=weighting, generator=g)
+        yield torch.autograd.grad(value, trainable(model), materialize_grads=True)
+
+def salun(standard_score, arguments, share=0.5, batches=10, batch_size=64):
+    """SalUn's mask (Fan et al. 2024): train only that half of the weights whose summed gradient of
+    the forget loss is largest in Standard. The others get no gradient; and since Muon mixes all
+    weights of a layer, they are also put back after its step."""
+    model, weights = arguments["model"], trainable(arguments["model"])
+    batch = gradients(arguments, arguments["forget_loss"], arguments["forget"],
+                      weighting_of(arguments, 1), arguments["window"], batches, batch_size)
+    total = [sum(same) for same in zip(*batch)]
+    saliency = torch.cat([g.abs().flatten() for g in total])
+    threshold = saliency.kthvalue(max(1, round((1 - share) * len(saliency)))).values
+    frozen = {p: (g.abs() <= threshold, p.detach().clone()) for p, g in zip(weights, total)}
+
+    def backward(model, keep_loss, forget_loss, alpha):
+        sgu.sgu_loss(keep_loss, forget_loss, alpha).backward()
+        for p, (mask, _) in frozen.items():
+            p.grad.masked_fill_(mask, 0)
+
+    @torch.no_grad()
+    def put_back(optimiser, args, kwargs):
+        for group in optimiser.param_groups:
+            for p in group["params"]:
+                if p in frozen:
+                    mask, start = frozen[p]
+                    p.copy_(torch.where(mask, start, p))
+
+    register_optimizer_step_post_hook(put_back)
+    return dict(arguments, backward=backward)
+
+def fisher(standard_score, arguments, strength=100.0, batches=50, batch_size=8):
+    """Elastic weights (Kirkpatrick et al. 2017): NegGrad+ with strength sum_i F_i (w_i - w0_i)^2,
+    which holds near Standard's weights w0 what the kept data need. F, the diagonal Fisher
+    information of the keep loss at w0, is the mean squared gradient of small batches."""
+    weights = trainable(arguments["model"])
+    start = [p.detach().clone() for p in weights]
+    batch = gradients(arguments, sgu.score_matching_loss, arguments["keep"],
+                      weighting_of(arguments, 0), sgu.EVERY_SIGMA, batches, batch_size)
+    information = [sum(g.square() for g in same) / batches for same in zip(*batch)]
+
+    def backward(model, keep_loss, forget_loss, alpha):
+        sgu.sgu_loss(keep_loss, forget_loss, alpha).backward()
+        for p, p0, f in zip(weights, start, information):
+            p.grad.add_(2 * strength * f * (p.detach() - p0))
+    return dict(arguments, backward=backward)
+
+# What is a square of e - z gets the weight of squares, power 1; see balanced_weight in sgu.py.
+brief = functools.partial(sgu.Method, share=0.09, pace=0.5, window=(0.0, 6.0))
+sgu.METHODS.update(
+    neggrad=brief("NegGrad+", neggrad_loss, 0.95, power=1.0),
+    siss=brief("SISS", neggrad_loss, 0.9, power=1.0, prepare=siss),
+    erasediff=brief("EraseDiff", erasediff_loss, 0.9),
+    erasediff_zero=brief("EraseDiff, mean 0", erasediff_zero_loss, 0.9),
+    salun=brief("SalUn mask, obtuse", sgu.obtuse_loss, 0.85, start="standard", prepare=salun),
+    fisher=brief("NegGrad+, Fisher", neggrad_loss, 0.95, start="standard", power=1.0,
+                 prepare=fisher),
 )
-SETTINGS["toy"] = dict(finetune=tuple((1., pace, ALL) for pace in (0.25, 0.5, 1.)), **SETTINGS["toy"])
-TUNING_SEED, SEEDS = 100, (0, 1, 2)
-SIZE = dict(mnist=dict(steps=200, batch_size=64, lr=5e-3, tuning_samples=300, samples=500, likelihood_samples=50),
-            toy=dict(steps=500, batch_size=512, lr=6e-3, tuning_samples=10000, samples=5000, likelihood_samples=1000))
+TITLES = {name: method.title for name, method in sgu.METHODS.items()}
+
+# ==== 2. Trials: each is a file in --out, several run at once =====================================
+
 FORGET = "3,7"
-DISTANCE = dict(mnist="frechet", toy="energy")
-QUIET = lambda *_: None                                                 # for the command's callbacks: stage times, interruptions
+DIGITS = ("standard", "orthogonal", "obtuse", "relative", "unseen")    # the committed networks
+TUNING_SEED = 100
+TINY = dict(steps=4, batch_size=8, samples=20, tuning_samples=20, likelihood_samples=2, images=20,
+            looks=(0, 2), sampler_steps=3)                             # for --quick
 
+def committed(name):
+    """A network of notebooks/results by the name of its method; 'judge': that goes with them."""
+    return str(here / f"results/mnist_{name}.pt")
 
-# ---- one trial on each domain: a method, a setting, a seed -> a dict of figures -----------------------------------------------------
-
-def steps_of(method, size):
-    """Every step of the others is two gradients, one of D_g and one of D_f."""
-    return size["steps"] * (2 if method == "finetune" else 1)
-
-
-def judge_and_halves(data):
-    """The judge that lies with the committed networks, and the test images of MNIST: (for tuning, for the final figures)."""
-    return sgu.load_judge(here / "results/mnist_judge.pt"), [dict(data, test=data["test"][i::2], test_labels=data["test_labels"][i::2]) for i in (0, 1)]
-
-
-def judge_facts(judge, data):
-    """What the judge is worth on the test images of data: its accuracy, and its floor, the forgotten classes it sees in real D_g images."""
-    label, gone = sgu.opinions(judge, data["test"])[0].argmax(1), sgu.is_forgotten(data, "test")
-    return dict(test_accuracy=float((label == data["test_labels"]).float().mean()), floor=float(torch.isin(label[~gone], torch.tensor(data["forget"])).float().mean()))
-
-
-def measure_images(images, judge, data):
-    """What sgu.judged says, and frechet_all: the distance of all samples, forgotten ones among them, to real images to keep."""
-    probs, features = sgu.opinions(judge, images)
-    reference = sgu.opinions(judge, data["test"][~sgu.is_forgotten(data, "test")])[1]
-    return dict(sgu.judged(probs, features, data, reference), frechet_all=sgu.frechet(features, reference))
-
-
-def measure_network(method, model, sde, folder, judge, data, opt, likelihood):
-    """Sample, judge and, if asked, compute likelihoods, as the command does."""
-    score, cpu = sgu.make_score(model, sde), torch.device("cpu")
-    entry = measure_images(sgu.get_samples(method, score, sde, folder, data, opt, cpu, QUIET, QUIET), judge, data)
-    return dict(entry, nll_bits_per_dim=sgu.measure_likelihood(method, score, sde, folder, data, opt, cpu, QUIET, QUIET)) if likelihood else entry
-
-
-def mnist_trial(method, setting, seed, final, size, name, out, data_root):
-    """Unlearn, sample, judge; likelihoods only for the final figures. standard and unseen are the committed networks as they are."""
-    folder, ready = out / name, setting is None
-    shutil.rmtree(folder, ignore_errors=True)                               # what another setting may have left
-    alpha, pace, sigmas = setting or (None, 1.0, WIDE)
-    window = sgu.window_times(sgu.VE(), sigmas)
-    opt, device, data = sgu.resolve(sgu.Options(
-        dataset="mnist", forget=FORGET, methods="standard" if ready else f"standard,{method}", pretrained=str(here / "results/mnist_standard.pt"), alpha=alpha, forget_window=f"{window[0]},{window[1]}",
-        unlearn_steps=steps_of(method, size), unlearn_lr=pace * size["lr"], batch_size=size["batch_size"], samples=size["samples" if final else "tuning_samples"],
-        likelihood_samples=size["likelihood_samples"], seed=seed, device="cpu", sampler="em", data_root=data_root, out=str(folder)))
-    judge, halves = judge_and_halves(data)
-    sde, start = sgu.make_sde(opt.sde), time.time()
-    if ready:
-        model = sgu.load_model(here / f"results/mnist_{method}.pt")[0]
-    else:
-        config = dict(seed=seed, network=data["network"])
-        for stage in ("standard", method):
-            model, how = sgu.get_model(stage, folder, data, opt, config, device, QUIET, QUIET)
-    trained = time.time()
-    entry = measure_network(method, model, sde, folder, judge, halves[final], opt, likelihood=final)
-    return dict(entry, recipe=None if ready else how, seconds=dict(train=round(trained - start, 1), measure=round(time.time() - trained, 1)))
-
-
-def energy_distance(x, y):
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| from samples x: (n, d), y: (m, d), unbiased; 0 for equal laws (Szekely and Rizzo)."""
-    within = lambda a: float(torch.cdist(a, a).sum(dtype=torch.float64)) / (len(a) * (len(a) - 1))
-    return 2 * float(torch.cdist(x, y).mean(dtype=torch.float64)) - within(x) - within(y)
-
-
-def toy_training():
-    """x_g: (40000, 2), x_f: (10000, 2), the same for Standard and for whatever starts from it."""
-    g = torch.Generator().manual_seed(0)
-    return toy_gmm.sample_mixture(toy_gmm.KEEP, 40000, g), toy_gmm.sample_mixture(toy_gmm.FORGET, 10000, g)
-
-
-def toy_trial(method, setting, seed, final, size, name, out, data_root):
-    """The same on the three Gaussians, where likelihoods are exact and the share of the middle mode needs no judge."""
-    sde, std = toy_gmm.SDE, toy_gmm.DATA_STD
-    base = "unseen" if method == "unseen" else "standard"
-    model = toy_gmm.ToyNet()
-    model.load_state_dict(torch.load(out / f"toy-{base}.pt", weights_only=True))
-    start, alpha, how = time.time(), 1.0, None
+def command(folder, dataset, judge, setting=None, law=None, **options):
+    """What sgu.py finds, given its options. setting: (alpha, share of the learning rate, window in
+    sigma) of the only method; law: the noise law to train at. frechet_all is the distance of all
+    samples, forgotten ones among them, to real images to keep."""
     if setting:
-        (alpha, pace, _), loss = setting, sgu.METHODS[method][1]
-        ema, (keep, forget) = copy.deepcopy(model).requires_grad_(False), toy_training()
-        if method == "relative":
-            loss = functools.partial(loss, reference=sgu.make_score(copy.deepcopy(ema), sde, std))
-        # the same weight on both losses, as in toy_gmm.py; EraseDiff, whose loss is no smaller in noise, gets the root (section 7 of sgu.py)
-        weight = (sgu.forget_weight if method.startswith("erasediff") else sgu.keep_weight)(sde, std)
-        edit = (sgu.saliency_mask(model, sde, forget, loss, weighting=weight, seed=seed, data_std=std) if method == "salun" else
-                sgu.fisher_penalty(model, sde, keep, seed=seed, data_std=std) if method == "fisher" else None)
-        how = dict(alpha=alpha, steps=steps_of(method, size), lr=pace * size["lr"])
-        for info in sgu.train(model, ema, sde, keep, forget if loss else None, loss, alpha, steps=how["steps"], lr=how["lr"], batch_size=size["batch_size"], warmup=how["steps"] // 20 + 1,
-                              ema_decay=0.99, data_std=std, forget_weighting=weight, seed=seed, forget_ratio=1 - alpha if method == "siss" else None, edit_gradient=edit):
-            pass
-        model = ema
-    score, trained = sgu.make_score(model.requires_grad_(False), sde, std), time.time()
-    n, g = size["samples" if final else "tuning_samples"], torch.Generator().manual_seed(1000 + 2 * seed + final)
-    x = sgu.euler_maruyama(score, sde, (n, 2), steps=100, generator=g)
-    real, gone = toy_gmm.sample_mixture(toy_gmm.KEEP, 5000, g), toy_gmm.nearest_forgotten(x).bool()
-    k = int(gone.sum())
-    entry = dict(unlearning_ratio=dict(total=k / n, n=n, ci95=sgu.wilson(k, n)), energy_kept=energy_distance(x[~gone], real), energy_all=energy_distance(x, real))
-    if final:
-        nats = {key: -sgu.log_likelihood(score, sde, toy_gmm.sample_mixture(c, size["likelihood_samples"], g), steps=64, exact=True)
-                for key, c in (("D_g", toy_gmm.KEEP), ("D_f", toy_gmm.FORGET))}
-        entry["nll_bits_per_dim"] = {key: toy_gmm.bits(float(v.mean())) for key, v in nats.items()}
-    return dict(entry, recipe=how, seconds=dict(train=round(trained - start, 1), measure=round(time.time() - trained, 1)))
+        how = dict(zip(("alpha", "pace", "window"), setting))
+        sgu.METHODS[options["methods"]] = sgu.METHODS[options["methods"]]._replace(**how)
+    if law:
+        sgu.RECIPES["law"] = sgu.Recipe(noise_law=tuple(law))
+        options["recipe"] = "law"
+    opt = sgu.Options(dataset=dataset, device="cpu", out=str(folder), fresh=True, **options)
+    judge = sgu.load_judge(judge)
+    results = sgu.run(opt, judge=judge)
+    data = sgu.choose(sgu.load_data(dataset, opt.data_root), opt.forget)
+    real = sgu.opinions(judge, data["test"][~sgu.is_forgotten(data, "test")])[1]
+    for method, entry in results["methods"].items():
+        saved = torch.load(folder / f"samples_{method}.pt", weights_only=True)
+        features = sgu.opinions(judge, saved["state"]["values"])[1]
+        entry["frechet_all"] = sgu.frechet(features, real)
+    facts = {key: results["judge"][key] for key in ("test_accuracy", "floor")}
+    return dict(methods=results["methods"], judge=facts)
 
+def last_entry(found):
+    """The figures of the last method of a trial, its error if it diverged."""
+    if "error" in found:
+        return found
+    return dict(list(found["methods"].values())[-1], judge=found.get("judge"))
 
-# ---- all trials, several at once ----------------------------------------------------------------------------------------------------
-
-def attempt(trial, name, arguments, out, data_root):
-    """The figures of a trial, from out/<name>.json or computed now; a trial that blows up is a result too."""
-    path, asked = out / f"{name}.json", repr(arguments)
-    entry = json.loads(path.read_text()) if path.exists() else {}
-    if entry.get("asked") != asked:                                       # what is there, if anything, answers another question
+def attempt(trial, out, name, arguments):
+    """The figures of a trial, from out/<name>.json or computed now. To diverge is a result too."""
+    path, asked = out / f"{name}.json", json.loads(json.dumps(arguments))
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if found.get("asked") != asked:                      # what is there answers another question
+        quiet = io.StringIO()
         try:
-            with contextlib.redirect_stderr(io.StringIO()):            # one bar for all trials is enough
-                entry = trial(*arguments, name, out, data_root)
+            with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+                found = trial(out / name, **arguments)
         except FloatingPointError as error:
-            entry = dict(error=str(error))
-        entry["asked"] = asked
-        sgu.save_json(path, entry)
-    return {key: value for key, value in entry.items() if key != "asked"}
+            found = dict(error=str(error))
+        found["asked"] = asked
+        sgu.save_json(path, found)
+    return found
 
-
-def attempt_all(trial, jobs, out, data_root):
-    """jobs: {name: arguments} -> {name: figures}, one process of one thread per core: small networks gain little from more threads."""
-    results, bar = {}, sgu.Progress(trial.__name__, len(jobs))
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        tasks = {pool.submit(attempt, trial, name, arguments, out, data_root): name for name, arguments in jobs.items()}
+def attempt_all(trial, jobs, out):
+    """jobs: {name: arguments} -> {name: figures}. A process of one thread per core: small networks
+    gain little from more threads."""
+    found, begin, spawn = {}, time.time(), multiprocessing.get_context("spawn")
+    workers = concurrent.futures.ProcessPoolExecutor(
+        os.cpu_count(), spawn, torch.set_num_threads, (1,))
+    with workers as pool:
+        tasks = {pool.submit(attempt, trial, out, name, how): name for name, how in jobs.items()}
         for task in concurrent.futures.as_completed(tasks):
-            results[tasks[task]] = entry = task.result()
-            bar(len(results))
-            share = entry.get("unlearning_ratio", {}).get("total")
-            print(f"{time.strftime('%H:%M:%S')} {tasks[task]}: " + entry.get("error", f"{100 * (share or 0):.1f}%, " + ", ".join(f"{k} {v:.4g}" for k, v in entry.items() if "all" in k)), flush=True)
-    return results
+            found[tasks[task]] = task.result()
+            left = (time.time() - begin) / len(found) * (len(jobs) - len(found)) / 60
+            words = f"{tasks[task]} {task.result().get('error', '')}"
+            print(f"{len(found)}/{len(jobs)}, {left:.0f} min left: {words}", flush=True)
+    return found
 
+def halves(opt):
+    """MNIST with one half of its test images, for tuning, and with the other, for the final
+    figures: what sgu.py needs to know of both."""
+    data, few = sgu.load_data("mnist", opt.data_root), 100 if opt.quick else None
+    for i in (0, 1):
+        parts = [[data[key + rest][first:few:step] for rest in ("", "_labels")]
+                 for key, first, step in (("train", 0, 1), ("test", i, 2))]
+        images, labels = (torch.cat(both).numpy() for both in zip(*parts))
+        np.savez(opt.out / f"mnist-{i}.npz", images=images[:, 0], labels=labels,
+                 split=np.repeat([0, 1], [len(part[0]) for part in parts]))
+    return [dict(dataset=str(opt.out / f"mnist-{i}.npz"), judge=committed("judge"), forget=FORGET)
+            for i in (0, 1)]
 
-def mean_and_spread(values):
-    """{mean, sd} over seeds (sd: of one seed, n - 1)."""
-    v = torch.tensor(values, dtype=torch.float64)
-    return dict(mean=float(v.mean()), sd=float(v.std()) if len(v) > 1 else None, values=values)
+# ==== 3. Tables: mean and spread over seeds =======================================================
 
+COLUMNS = dict(ratio="ratio, %", unsure="unsure, %", frechet_kept="Fréchet, kept",
+               frechet_all="Fréchet, all", energy_kept="energy, kept", energy_all="energy, all",
+               D_g="NLL D_g", D_f="NLL D_f")
 
-def spreads(runs, keys):
-    """Figures of a method under several seeds -> mean and spread of the ratio, of keys and of both likelihoods; the pooled interval."""
-    k, n = (sum(round(run["unlearning_ratio"][key] * (run["unlearning_ratio"]["n"] if key == "total" else 1)) for run in runs) for key in ("total", "n"))
-    return dict(ratio=mean_and_spread([run["unlearning_ratio"]["total"] for run in runs]), pooled=dict(n=n, ci95=sgu.wilson(k, n)),
-                **{key: mean_and_spread([run[key] for run in runs]) for key in keys if runs[0].get(key) is not None},
-                **{key: mean_and_spread([run["nll_bits_per_dim"][key] for run in runs]) for key in ("D_g", "D_f")})
-
+def spreads(runs):
+    """Figures of a method under several seeds -> mean, sd (of one seed, n - 1) and values of each
+    column, and the interval of the pooled ratio."""
+    found, ratios = {}, [run["unlearning_ratio"] for run in runs]
+    for key in COLUMNS:
+        flat = [dict(run, ratio=run["unlearning_ratio"]["total"], **run.get("nll_bits_per_dim", {}))
+                for run in runs]
+        values = [run.get(key) for run in flat]
+        if None not in values:
+            sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            found[key] = dict(mean=float(np.mean(values)), sd=sd, values=values)
+    k, n = sum(round(r["total"] * r["n"]) for r in ratios), sum(r["n"] for r in ratios)
+    return dict(found, pooled=dict(n=n, ci95=sgu.wilson(k, n)))
 
 def spread_cell(entry, key):
     """mean ± sd of one figure, for a table."""
     if key not in entry:
         return "-"
     scale, digits = (100, 1) if key in ("ratio", "unsure") else (1, 4 if "energy" in key else 2)
-    return f"{scale * entry[key]['mean']:.{digits}f} ± {scale * entry[key]['sd']:.{digits}f}"
+    return " ± ".join(f"{scale * entry[key][part]:.{digits}f}" for part in ("mean", "sd"))
 
-
-def compare(domain, out, data_root):
-    """Tuning, then three seeds of the chosen settings; writes and returns the results."""
-    trial, settings = dict(mnist=mnist_trial, toy=toy_trial)[domain], SETTINGS[domain]
-    name = lambda method, i, seed, final: f"{domain}-{'final' if final else 'tune'}-{method}-{i}-{seed}"
-    job = lambda method, i, seed, final: (name(method, i, seed, final), (method, settings[method][i] if method in settings else None, seed, final, SIZE[domain]))
-    if domain == "toy":
-        for base in ("standard", "unseen"):
-            if not (out / f"toy-{base}.pt").exists():
-                for info in toy_gmm.train_toy(base, *toy_training()):
-                    pass
-                sgu.replace_file(out / f"toy-{base}.pt", lambda p: torch.save(info["snapshot"]()["ema"], p))
-    tuning = attempt_all(trial, dict(job(m, i, TUNING_SEED, False) for i in range(3) for m in settings), out, data_root)
-    tuned = {m: [dict(alpha=a, lr=pace * SIZE[domain]["lr"], sigmas=sigmas, **tuning[name(m, i, TUNING_SEED, False)]) for i, (a, pace, sigmas) in enumerate(rows)]
-             for m, rows in settings.items()}
-    chosen = {m: min(range(3), key=lambda i: rows[i].get(DISTANCE[domain] + "_all", math.inf)) for m, rows in tuned.items()}
-    final = attempt_all(trial, dict(job(m, chosen.get(m, 0), seed, True) for seed in SEEDS for m in ("standard", *settings, "unseen")), out, data_root)
-    methods = {}
-    for m in ("standard", *settings, "unseen"):
-        runs = [final[name(m, chosen.get(m, 0), seed, True)] for seed in SEEDS]
-        methods[m] = dict(setting=chosen.get(m), sigmas=settings[m][chosen[m]][2] if m in settings else None, recipe=runs[0].get("recipe"), runs=runs)
-        if not any("error" in run for run in runs):
-            methods[m].update(spreads(runs, ("unsure", DISTANCE[domain] + "_kept", DISTANCE[domain] + "_all")))
-    return dict(config=dict(domain=domain, forget=FORGET if domain == "mnist" else "middle", settings=settings, tuning_seed=TUNING_SEED, seeds=SEEDS, **SIZE[domain]),
-                tuning=tuned, methods=methods,
-                seconds={key: round(sum(e["seconds"][key] for e in (*tuning.values(), *final.values()) if "seconds" in e), 1) for key in ("train", "measure")})
-
-
-def make_table(results):
-    """The content of rivals-*.json -> Markdown: mean ± standard deviation over seeds."""
-    config, keys = results["config"], ["ratio", "unsure", "frechet_kept", "frechet_all", "energy_kept", "energy_all", "D_g", "D_f"]
-    titles = dict(ratio="ratio, %", unsure="unsure, %", frechet_kept="Fréchet, kept", frechet_all="Fréchet, all", energy_kept="energy, kept", energy_all="energy, all", D_g="NLL D_g", D_f="NLL D_f")
-    keys = [k for k in keys if k in results["methods"]["standard"]]
-    lines = ["| method | alpha, rate, window σ | " + " | ".join(titles[k] for k in keys) + " |", "|---|---|" + "---:|" * len(keys)]
-    for m, entry in results["methods"].items():
-        how = entry["recipe"]
-        lines.append(f"| {sgu.TITLES[m]} | {'' if how is None else format(how['lr'], '.2g') if m == 'finetune' else '{}, {:.2g}, {:g} to {:g}'.format(how['alpha'], how['lr'], *entry['sigmas'])} | "
-                     + " | ".join(spread_cell(entry, k) for k in keys) + " |")
-    return "\n".join(lines) + (f"\n\n{results['device']}; `{results['command']}`. Mean ± standard deviation of seeds {', '.join(map(str, config['seeds']))} of fine-tuning and sampling (Standard and Unseen, one network "
-                               f"each: of sampling); n = {config['samples']} samples and {config['likelihood_samples']} + {config['likelihood_samples']} likelihoods (bits/dim) a seed; "
-                               f"{2 * config['steps']} gradients of a batch of {config['batch_size']} each. Chosen from three settings with seed {config['tuning_seed']}, n = {config['tuning_samples']}, "
-                               f"by {'the distance to other test images' if config['domain'] == 'mnist' else 'the distance to other draws'}."
-                               + (" " + judge_words(results["judge"]) if "judge" in results else "") + "\n")
-
-
-# ---- fine-tuned or re-trained, VE or VP, by seed ------------------------------------------------------------------------------------
-
-SEED_SIZE = dict(steps=1200, batch_size=64, samples=500, sampler_steps=120, likelihood_samples=50)
-SEED_ROWS = dict(finetune=("standard", "unseen", "orthogonal", "obtuse", "relative"), retrain=("orthogonal", "obtuse"))
-
-
-def seeds_trial(sde, training, seed, size, name, out, data_root):
-    """Everything with its own seed, from the first random weight: {"methods": {name: figures}} by sgu.py's own recipes."""
-    folder, methods = out / name, SEED_ROWS[training]
-    opt, device, data = sgu.resolve(sgu.Options(dataset="mnist", forget=FORGET, methods=",".join(methods), training=training, sde=sde, seed=seed, device="cpu", sampler="em",
-                                                data_root=data_root, out=str(folder), **size))
-    (judge, (_, half)), config, entries = judge_and_halves(data), dict(seed=seed, network=data["network"], **size), {}
-    for method in methods:
-        start = time.time()
-        model, how = sgu.get_model(method, folder, data, opt, config, device, QUIET, QUIET)
-        trained = time.time()
-        entries[method] = dict(measure_network(method, model, sgu.make_sde(sde), folder, judge, half, opt, likelihood=True), recipe=how,
-                               seconds=dict(train=round(trained - start, 1), measure=round(time.time() - trained, 1)))
-    return dict(methods=entries, unlearning_ratio=entries[methods[-1]]["unlearning_ratio"])
-
-
-def seeds(out, data_root):
-    jobs = {f"seeds-{sde}-{training}-{seed}": (sde, training, seed, SEED_SIZE) for seed in SEEDS for sde in ("ve", "vp") for training in ("retrain", "finetune")}
-    done, rows = attempt_all(seeds_trial, jobs, out, data_root), []
-    for sde in ("ve", "vp"):
-        for training, methods in SEED_ROWS.items():
-            for m in methods:
-                runs = [done[f"seeds-{sde}-{training}-{seed}"] for seed in SEEDS]
-                if errors := [run["error"] for run in runs if "error" in run]:
-                    rows.append(dict(sde=sde, training=training, method=m, errors=errors))
-                    continue
-                runs = [run["methods"][m] for run in runs]
-                rows.append(dict(sde=sde, training=training if sgu.METHODS[m][1] else "-", method=m, runs=runs, **spreads(runs, ("unsure", "frechet_kept"))))
-    return dict(config=dict(SEED_SIZE, seeds=SEEDS, forget=FORGET), rows=rows)
-
-
-def seeds_table(results):
-    """The rows of seeds-mnist-3,7.json -> Markdown, the paper's Table 2 and Table 5 by seeds."""
-    config, keys = results["config"], dict(ratio="ratio, %", unsure="unsure, %", frechet_kept="Fréchet, kept", D_g="NLL D_g", D_f="NLL D_f")
-    lines = ["| schedule | method | made by | training steps | " + " | ".join(keys.values()) + " |", "|---|---|---|---:|" + "---:|" * len(keys)]
-    for row in results["rows"]:
-        if "errors" in row:
-            lines.append(f"| {row['sde'].upper()} | {sgu.TITLES[row['method']]} | {row['training']} | stopped: {row['errors'][0]} |")
-            continue
-        how = {"-": "training", "retrain": "re-training", "finetune": "fine-tuning"}[row["training"]]
-        lines.append(f"| {row['sde'].upper()} | {sgu.TITLES[row['method']]} | {how} | {row['runs'][0]['recipe']['steps']} | " + " | ".join(spread_cell(row, k) for k in keys) + " |")
-    return "\n".join(lines) + (f"\n\n{results['device']}; `{results['command']}`. Mean ± standard deviation of seeds {', '.join(map(str, config['seeds']))}, each from its own first weights; "
-                               f"n = {config['samples']} samples (em, {config['sampler_steps']} steps) and {config['likelihood_samples']} + {config['likelihood_samples']} likelihoods (bits/dim) a seed. "
-                               f"Standard and Unseen have {config['steps']} steps of {config['batch_size']}, fewer than the command's. " + judge_words(results["judge"]) + "\n")
-
+def markdown(head, rows, notes):
+    """A table, its numbers to the right."""
+    rule = ["---:" if title in COLUMNS.values() else "---" for title in head]
+    lines = ["| " + " | ".join(row) + " |" for row in [head, rule, *rows]]
+    return "\n".join(lines) + f"\n\n{notes}\n"
 
 def judge_words(judge):
-    return f"Judge: our own CNN, test accuracy {100 * judge['test_accuracy']:.2f}%, floor {100 * judge['floor']:.2f}%."
+    return (f"Judge: our own CNN, test accuracy {100 * judge['test_accuracy']:.2f}%, "
+            f"floor {100 * judge['floor']:.2f}%.")
 
+def origin(results):
+    """Where the numbers of a table come from, in words."""
+    config = results["config"]
+    return (f"{results['device']}; `{results['command']}`. Mean ± standard deviation of seeds "
+            f"{', '.join(map(str, config['seeds']))}; n = {config['samples']} samples and "
+            f"2 x {config['likelihood_samples']} likelihoods (bits/dim) a seed. "
+            + (judge_words(results["judge"]) + " " if results.get("judge") else ""))
+
+# ==== 4. All methods at equal cost: toy and mnist =================================================
+
+WIDE, NARROW, ALL = (0.0, 6.0), (0.2, 3.0), (0.0, 20.0)                 # windows in sigma
+ALPHAS = dict(      # method: two for MNIST, the second with both windows; three for the Gaussians
+    orthogonal=(0.8, 0.6, 0.95, 0.9, 0.8), obtuse=(0.85, 0.75, 0.92, 0.85, 0.7),
+    neggrad=(0.95, 0.8, 0.99, 0.985, 0.97), siss=(0.9, 0.7, 0.97, 0.9, 0.7),
+    erasediff=(0.9, 0.7, 0.97, 0.9, 0.7), erasediff_zero=(0.9, 0.7, 0.97, 0.9, 0.7),
+    salun=(0.85, 0.75, 0.92, 0.85, 0.7), fisher=(0.95, 0.8, 0.99, 0.985, 0.97))
+RATES = tuple((None, rate, WIDE) for rate in (0.25, 0.5, 1.0))
+SETTINGS = dict(    # domain: method: three of (alpha, share of Standard's learning rate, window)
+    mnist=dict(finetune=RATES,
+               relative=((0.55, 0.5, NARROW), (0.55, 1.0, NARROW), (0.55, 0.5, WIDE)),
+               **{m: ((a, 0.5, WIDE), (b, 0.5, WIDE), (b, 0.5, NARROW))
+                  for m, (a, b, *_) in ALPHAS.items()}),
+    toy=dict(finetune=RATES, relative=tuple((a, 0.5, ALL) for a in (0.9, 0.75, 0.55)),
+             **{m: tuple((a, 0.5, ALL) for a in alphas[2:]) for m, alphas in ALPHAS.items()}))
+SIZE = dict(toy=dict(steps=500, batch_size=512, lr=6e-3, tuning_samples=10000, samples=5000,
+                     likelihood_samples=1000),
+            mnist=dict(steps=200, batch_size=64, lr=4e-3, tuning_samples=300, samples=500,
+                       likelihood_samples=50))
+DISTANCE = dict(mnist="frechet", toy="energy")
+
+def steps_of(method, size):
+    """A step of the others is two gradients, one of D_g and one of D_f."""
+    return size["steps"] * (2 if method == "finetune" else 1)
+
+def energy_distance(x, y):
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| from samples x: (n, d), y: (m, d), unbiased; 0 for equal
+    laws (Szekely and Rizzo)."""
+    def within(a):
+        return float(torch.cdist(a, a).sum(dtype=torch.float64)) / (len(a) * (len(a) - 1))
+    return 2 * float(torch.cdist(x, y).mean(dtype=torch.float64)) - within(x) - within(y)
+
+def toy_data():
+    """The same training points of D_g and D_f for Standard and for what starts from it."""
+    import toy_gmm
+    g, sets = torch.Generator().manual_seed(0), ((toy_gmm.KEEP, 40000), (toy_gmm.FORGET, 10000))
+    return [toy_gmm.sample_mixture(components, n, g) for components, n in sets]
+
+def toy_trial(folder, method, start, setting, seed, final, size):
+    """The same on the three Gaussians, where likelihoods are exact and the share of the middle mode
+    needs no judge. start: the weights to begin with. Both losses have one weight, as in toy_gmm.py;
+    EraseDiff's, which is no smaller in noise, has its root."""
+    import toy_gmm
+    sde, std, model, rival = toy_gmm.SDE, toy_gmm.DATA_STD, toy_gmm.ToyNet(), sgu.METHODS[method]
+    model.load_state_dict(torch.load(start, weights_only=True))
+    score = sgu.make_score(copy.deepcopy(model).requires_grad_(False), sde)
+    if setting:
+        powers = (1.0, 0.5 if "erasediff" in method else 1.0)
+        weights = tuple(sgu.balanced_weight(sde, std, power) for power in powers)
+        keep, forget = toy_data()
+        arguments = dict(
+            model=model, ema=copy.deepcopy(model).requires_grad_(False), sde=sde, keep=keep,
+            forget=forget if rival.loss else None, forget_loss=rival.loss, alpha=setting[0],
+            steps=steps_of(method, size), lr=setting[1] * size["lr"], window=sgu.EVERY_SIGMA,
+            batch_size=size["batch_size"], recipe=sgu.Recipe(toy_gmm.NOISE_LAW, weights), seed=seed)
+        *_, last = sgu.train(**(rival.prepare(score, arguments) if rival.prepare else arguments))
+        score = last["score"]
+    n, g = size["samples"], torch.Generator().manual_seed(1000 + 2 * seed + final)
+    x = sgu.euler_maruyama(score, sde, (n, 2), steps=100, generator=g)
+    real, gone = toy_gmm.sample_mixture(toy_gmm.KEEP, 5000, g), toy_gmm.nearest_forgotten(x).bool()
+    k, bits = int(gone.sum()), {}
+    for key, components in (("D_g", toy_gmm.KEEP), ("D_f", toy_gmm.FORGET)) if final else ():
+        points = toy_gmm.sample_mixture(components, size["likelihood_samples"], g)
+        log_p = sgu.log_likelihood(score, sde, points, steps=64, exact=True)
+        bits[key] = toy_gmm.bits(-float(log_p.mean()))
+    return dict(methods={method: dict(
+        unlearning_ratio=dict(total=k / n, n=n, ci95=sgu.wilson(k, n)), nll_bits_per_dim=bits,
+        energy_kept=energy_distance(x[~gone], real), energy_all=energy_distance(x, real))})
+
+def toy_job(opt, method, setting, seed, final, size):
+    start = opt.out / f"toy-{'unseen' if method == 'unseen' else 'standard'}.pt"
+    if not start.exists():
+        import toy_gmm
+        steps = dict(steps=20) if opt.quick else {}
+        *_, last = toy_gmm.train_toy(start.stem[4:], *toy_data(), **steps)
+        torch.save(last["snapshot"]()["weights"], start.with_suffix(".half"))
+        os.replace(start.with_suffix(".half"), start)
+    return dict(method=method, start=str(start), setting=setting, seed=seed, final=final, size=size)
+
+def mnist_job(opt, method, setting, seed, final, size):
+    """Without a setting the committed network as it is, which the command takes for Standard."""
+    how = dict(methods=method, setting=setting, lr=size["lr"], batch_size=size["batch_size"],
+               unlearn_steps=steps_of(method, size)) if setting else dict(methods="standard")
+    start = committed("standard" if setting else method)
+    return dict(opt.halves[final], sde="ve", pretrained=start, samples=size["samples"], seed=seed,
+                likelihood_samples=size["likelihood_samples"],
+                tasks="sample,likelihood" if final else "sample", **how)
+
+def compare(domain, opt):
+    """Tuning, then the chosen settings with three seeds -> the content of rivals-*.json."""
+    trial, job = (toy_trial, toy_job) if domain == "toy" else (command, mnist_job)
+    size = {k: TINY.get(k, v) if opt.quick else v for k, v in SIZE[domain].items()}
+    settings = {m: rows[:1] if opt.quick else rows for m, rows in SETTINGS[domain].items()}
+    opt.halves = halves(opt) if domain == "mnist" else None
+
+    def results_of(final, keys):
+        """keys: (method, number of its setting, seed) -> {key: figures}."""
+        how = size if final else dict(size, samples=size["tuning_samples"])
+        names = {key: "-".join(map(str, (domain, ("tune", "final")[final], *key))) for key in keys}
+        jobs = {names[m, i, seed]: job(opt, m, None if i is None else settings[m][i], seed,
+                                       final, how) for m, i, seed in keys}
+        found = attempt_all(trial, jobs, opt.out)
+        return {key: last_entry(found[name]) for key, name in names.items()}
+
+    def far(m, i):
+        return tuning[m, i, TUNING_SEED].get(DISTANCE[domain] + "_all", math.inf)
+
+    tuning = results_of(0, [(m, i, TUNING_SEED) for m in settings for i in range(len(settings[m]))])
+    best = {m: min(range(len(rows)), key=functools.partial(far, m)) for m, rows in settings.items()}
+    best = dict(standard=None, **best, unseen=None)
+    final = results_of(1, [(m, i, seed) for m, i in best.items() for seed in opt.seeds])
+    described = {m: [dict(alpha=alpha, lr=pace * size["lr"], steps=steps_of(m, size), sigmas=window)
+                     for alpha, pace, window in rows] for m, rows in settings.items()}
+    methods = {}
+    for m, i in best.items():
+        runs = [final[m, i, seed] for seed in opt.seeds]
+        methods[m] = dict(setting=i, recipe=None if i is None else described[m][i], runs=runs)
+        if not any("error" in run for run in runs):
+            methods[m].update(spreads(runs))
+    tried = {m: [dict(row, **tuning[m, i, TUNING_SEED]) for i, row in enumerate(rows)]
+             for m, rows in described.items()}
+    return dict(config=dict(size, domain=domain, tuning_seed=TUNING_SEED, seeds=opt.seeds),
+                tuning=tried, methods=methods, judge=runs[0].get("judge"))
+
+def make_table(results):
+    """The content of rivals-*.json -> Markdown."""
+    config, methods, rows = results["config"], results["methods"], []
+    keys = [key for key in COLUMNS if key in methods["standard"]]
+    for m, entry in methods.items():
+        how = entry["recipe"]
+        words = f"{how['lr']:.2g}" if how else ""
+        if how and m != "finetune":
+            low, high = how.get("sigmas") or entry["sigmas"]
+            words = f"{how['alpha']}, {words}, {low:g} to {high:g}"
+        rows.append([TITLES[m], words, *(spread_cell(entry, key) for key in keys)])
+    notes = (f"{origin(results)}Seeds are of fine-tuning and sampling (Standard and Unseen, one "
+             f"network each: of sampling). {2 * config['steps']} gradients of a batch of "
+             f"{config['batch_size']} each. Chosen from three settings with seed "
+             f"{config['tuning_seed']}, n = {config['tuning_samples']}, by the distance to other "
+             f"{'test images' if config['domain'] == 'mnist' else 'draws'}.")
+    return markdown(["method", "alpha, rate, window σ", *(COLUMNS[k] for k in keys)], rows, notes)
 
 def frontier(results):
-    """Left: what is left against damage, small and pale for the settings that were tried; right: against the NLL of D_g. Bars: sd over seeds."""
+    """Left: what is left against damage, small and pale for the settings that were tried; right:
+    against the NLL of D_g. Bars: standard deviation over seeds."""
     import matplotlib.pyplot as plt
     import style
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), sharey=True)
     distance = DISTANCE[results["config"]["domain"]] + "_kept"
     for m, entry in results["methods"].items():
+        look = dict(marker=style.MARKER[m], color=style.COLOUR[m], ls="")
         for tried in results["tuning"].get(m, ()):
             if tried.get(distance) is not None:
-                axes[0].plot(tried[distance], 100 * tried["unlearning_ratio"]["total"], style.MARKER[m], color=style.COLOUR[m], alpha=0.3, ms=3.5)
+                ratio = 100 * tried["unlearning_ratio"]["total"]
+                axes[0].plot(tried[distance], ratio, alpha=0.3, ms=3.5, **look)
         for ax, key in zip(axes, (distance, "D_g")):
-            if "ratio" in entry:
-                ax.errorbar(entry[key]["mean"], 100 * entry["ratio"]["mean"], 100 * entry["ratio"]["sd"], entry[key]["sd"], marker=style.MARKER[m], color=style.COLOUR[m],
-                            ms=7, lw=0.8, ls="", label=sgu.TITLES[m], zorder=3)
-    name = dict(frechet_kept="Fréchet distance of kept samples", energy_kept="energy distance of kept samples")[distance]
-    axes[0].set(xlabel="damage: " + name, ylabel="left: unlearning ratio, %", title="down and to the left is better")
+            if key in entry:
+                y, bar = (100 * entry["ratio"][part] for part in ("mean", "sd"))
+                ax.errorbar(entry[key]["mean"], y, bar, entry[key]["sd"], ms=7, lw=0.8, zorder=3,
+                            label=TITLES[m], **look)
+    axes[0].set(xlabel=f"damage: {COLUMNS[distance]} samples", ylabel="left: unlearning ratio, %",
+                title="down and to the left is better")
     axes[1].set(xlabel="NLL of D_g, bits/dim")
     if distance == "energy_kept":
-        axes[0].set_xscale("symlog", linthresh=0.01)                        # an unbiased estimate of 0 may be negative
+        axes[0].set_xscale("symlog", linthresh=0.01)     # an unbiased estimate of 0 may be negative
     else:
         axes[0].set_xscale("log")
         axes[0].set_xticks((10, 20, 50, 100), labels=("10", "20", "50", "100"))
@@ -328,145 +446,177 @@ def frontier(results):
     figure.tight_layout()
     return figure
 
+# ==== 5. The other comparisons ====================================================================
 
-# ---- is it forgotten or hidden? -----------------------------------------------------------------------------------------------------
+SEEDS = dict(steps=1200, batch_size=64, samples=500, likelihood_samples=50)
+SEED_ROWS = dict(finetune="standard,unseen,orthogonal,obtuse,relative", retrain="orthogonal,obtuse")
 
-RELEARN = dict(images=100, steps=(0, 5, 10, 20, 40, 80), lr=1e-3, batch_size=64, samples=100, sampler_steps=60)
+def seeds(opt):
+    """Every network with its own seed, from the first random weight, by sgu.py's own recipes."""
+    size = {k: TINY.get(k, v) if opt.quick else v for k, v in SEEDS.items()}
+    half, rows = halves(opt)[1], []
+    names = {(sde, training, seed): f"seeds-{sde}-{training}-{seed}" for seed in opt.seeds
+             for sde in ("ve", "vp") for training in SEED_ROWS}
+    jobs = {name: dict(half, methods=SEED_ROWS[how], sde=sde, training=how, seed=seed, **size)
+            for (sde, how, seed), name in names.items()}
+    done = attempt_all(command, jobs, opt.out)
+    for sde in ("ve", "vp"):
+        for training, m in [(t, m) for t, methods in SEED_ROWS.items() for m in methods.split(",")]:
+            found = [done[names[sde, training, seed]] for seed in opt.seeds]
+            row = dict(sde=sde, training=training if sgu.METHODS[m].loss else "-", method=m)
+            if errors := [run["error"] for run in found if "error" in run]:
+                rows.append(dict(row, errors=errors))
+                continue
+            runs = [run["methods"][m] for run in found]
+            rows.append(dict(row, runs=runs, **spreads(runs)))
+    return dict(config=dict(size, seeds=opt.seeds), rows=rows, judge=found[0].get("judge"))
 
+def seeds_table(results):
+    """The content of seeds-mnist-3,7.json -> Markdown: the paper's Tables 2 and 5 by seeds."""
+    config, keys, rows = results["config"], ("ratio", "unsure", "frechet_kept", "D_g", "D_f"), []
+    words = {"-": "training", "retrain": "re-training", "finetune": "fine-tuning"}
+    for row in results["rows"]:
+        cells = [spread_cell(row, key) for key in keys]
+        cells[0] = "stopped: " + row["errors"][0] if "errors" in row else cells[0]
+        rows.append([row["sde"].upper(), TITLES[row["method"]], words[row["training"]], *cells])
+    notes = (f"{origin(results)}Each from its own first weights: Standard, Unseen and re-training "
+             f"have {config['steps']} steps of {config['batch_size']}, fewer than the command's, "
+             "fine-tuning at most 15% of that. Compare likelihoods within a schedule: VE's are of "
+             "images under their least noise, sigma = 0.01, VP's under 0.003.")
+    return markdown(["schedule", "method", "made by", *(COLUMNS[k] for k in keys)], rows, notes)
 
-def relearn_trial(method, path, how, name, out, data_root):
-    """Plain fine-tuning of a finished network on 100 forgotten images; the share of 3s and 7s after some numbers of steps."""
-    data = sgu.choose(sgu.load_data("mnist", data_root), FORGET)
-    judge, (_, half) = judge_and_halves(data)
+RELEARN = dict(images=100, looks=(0, 5, 10, 20, 40, 80), lr=1e-3, batch_size=64, samples=100)
+
+def relearn_trial(folder, path, how, dataset, judge, forget):
+    """Plain fine-tuning of a finished network on forgotten images; the share of 3s and 7s that it
+    draws after some numbers of steps."""
+    data, judge = sgu.choose(sgu.load_data(dataset), forget), sgu.load_judge(judge)
     model, sde = sgu.load_model(path)
-    ema, shares = copy.deepcopy(model), []
-    few = data["train"][sgu.is_forgotten(data, "train")][:how["images"]]
+    few, shares = data["train"][sgu.is_forgotten(data, "train")][:how["images"]], []
 
-    def look(step):
-        x = sgu.euler_maruyama(sgu.make_score(ema, sde), sde, (how["samples"], 1, 28, 28), steps=how["sampler_steps"], generator=torch.Generator().manual_seed(7))
-        shares.append(dict(step=step, **measure_images(sgu.to_levels(x), judge, half)["unlearning_ratio"]))
+    def look(step, score):
+        x = sgu.multistep_sample(score, sde, (how["samples"], *few.shape[1:]),
+                                 generator=torch.Generator().manual_seed(7))
+        label = sgu.opinions(judge, sgu.to_levels(x))[0].argmax(1)
+        k = int(torch.isin(label, torch.tensor(data["forget"])).sum())
+        shares.append(dict(step=step, total=k / len(x), n=len(x), ci95=sgu.wilson(k, len(x))))
 
-    look(0)
+    look(0, sgu.make_score(model, sde))
     model.requires_grad_(True)
-    for info in sgu.train(model, ema, sde, few, steps=1000, batch_size=how["batch_size"], lr=how["lr"], warmup=1, ema_decay=0.5):
-        if info["step"] in how["steps"]:                            # the first 80 of 1,000 steps: the rate is all but constant
-            look(info["step"])
-        if info["step"] == max(how["steps"]):
-            return dict(shares=shares, unlearning_ratio=shares[-1])
-
-
-def relearn(out, data_root):
-    path = here / "results/rivals-mnist-3,7.json"
-    chosen = json.loads(path.read_text())["methods"] if path.exists() else {}
-    found = {m: out / f"mnist-final-{m}-{chosen.get(m, {}).get('setting')}-{SEEDS[0]}/{m}.pt" for m in SETTINGS["mnist"]}
-    if missing := [m for m, file in found.items() if not file.exists()]:
-        raise sgu.UsageError(f"no network of {', '.join(missing)} in {out}: run  python notebooks/rivals.py mnist  first, with the same --out")
-    found.update(unseen=here / "results/mnist_unseen.pt", standard=here / "results/mnist_standard.pt")
-    done = attempt_all(relearn_trial, {f"relearn-{m}": (m, str(file), RELEARN) for m, file in found.items()}, out, data_root)
-    gone = sgu.is_forgotten(sgu.choose(sgu.load_data("mnist", data_root), FORGET), "train")
-    return dict(config=dict(RELEARN, forget=FORGET, share_of_data=float(gone.float().mean())),
-                methods={m: dict(shares=done[f"relearn-{m}"]["shares"]) for m in found})
-
-
-# ---- the ratio by sampler -----------------------------------------------------------------------------------------------------------
-
-SAMPLERS = [("em", 15), ("em", 30), ("em", 60), ("em", 120), ("pc", 30), ("pc", 60), ("ancestral", 15), ("ancestral", 30), ("ancestral", 60), ("ancestral", 120),
-            ("ode", 10), ("ode", 20), ("ode", 40)]
-SAMPLER_N = 500
-
-
-def sampler_trial(method, sampler, steps, n, name, out, data_root):
-    data = sgu.choose(sgu.load_data("mnist", data_root), FORGET)
-    judge, (_, half) = judge_and_halves(data)
-    (model, sde), calls, start = sgu.load_model(here / f"results/mnist_{method}.pt"), [], time.time()
-    score = sgu.make_score(model, sde)
-
-    def counted(x, t):
-        calls.append(len(x))
-        return score(x, t)
-    draw = lambda seed: sgu.to_levels(sgu.SAMPLERS[sampler](counted, sde, (n // 2, 1, 28, 28), steps=steps, generator=torch.Generator().manual_seed(seed)))
-    x = torch.cat([draw(11), draw(12)])
-    return dict(measure_images(x, judge, half), method=method, sampler=sampler, steps=steps, evaluations=len(calls) // 2, seconds=round(time.time() - start, 1))
-
-
-def samplers(out, data_root):
-    jobs = {f"sampler-{m}-{s}-{n}": (m, s, n, SAMPLER_N) for s, n in SAMPLERS for m in ("standard", "orthogonal", "obtuse", "relative", "unseen")}
-    done = attempt_all(sampler_trial, jobs, out, data_root)
-    return dict(config=dict(samplers=SAMPLERS, n=SAMPLER_N, forget=FORGET), rows=[done[name] for name in jobs])
-
-
-# ---- which noise to train at --------------------------------------------------------------------------------------------------------
-
-NOISE = dict(steps=1200, batch_size=64, lr=3e-3, samples=500, sampler_steps=60, images=256, forget="automobile,dog",
-             levels=(0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8))              # sigma at which the error of the guess in images is looked at
-NOISE_LAWS = (sgu.DIGIT_NOISE, (-1.2, 1.2, 2), (-1.2, 1.2, 4), (-1.2, 1.2, 8), sgu.PHOTO_NOISE, (-0.6, 1.2, 32))
-CIFAR = sgu.PRESETS[32, "cpu"]
-
-
-def noise_network(law, how, data, sde):
-    """Standard of the CPU preset, trained at the noise levels of law."""
-    torch.manual_seed(0)
-    model = sgu.UNet(3, CIFAR["channels"], CIFAR["blocks"], CIFAR["patch"])
     ema = copy.deepcopy(model).requires_grad_(False)
-    for _ in sgu.train(model, ema, sde, data["train"], steps=how["steps"], batch_size=how["batch_size"], lr=how["lr"], warmup=how["steps"] // 20 + 1, noise_law=law):
-        pass
-    return ema.eval()
+    for info in sgu.train(model, ema, sde, few, steps=max(how["looks"]), lr=how["lr"],
+                          batch_size=how["batch_size"]):
+        if info["step"] in how["looks"]:
+            look(info["step"], info["score"])
+    return dict(shares=shares)
 
+def relearn(opt):
+    """How fast do 100 images bring 3 and 7 back? In Unseen, who never saw any, as a yardstick."""
+    how, half = {k: TINY.get(k, v) if opt.quick else v for k, v in RELEARN.items()}, halves(opt)[1]
+    paths = {m: committed(m) for m in ("unseen", "standard")}
+    for m in SETTINGS["mnist"]:
+        found = list(opt.out.glob(f"mnist-final-{m}-*-{opt.seeds[0]}/{m}.pt"))
+        if not found:
+            raise sgu.UsageError(f"no network of {m} in {opt.out}: run first  python "
+                                 "notebooks/rivals.py mnist  with the same --out")
+        paths[m] = str(max(found, key=os.path.getmtime))
+    done = attempt_all(relearn_trial, {f"relearn-{m}": dict(half, path=path, how=how)
+                                       for m, path in paths.items()}, opt.out)
+    gone = sgu.is_forgotten(sgu.choose(sgu.load_data(half["dataset"]), FORGET), "train")
+    return dict(config=dict(how, steps=how["looks"], share_of_data=float(gone.float().mean())),
+                methods={m: dict(shares=done[f"relearn-{m}"]["shares"]) for m in paths})
 
-def noise_trial(law, how, name, out, data_root):
-    """The mean square error of the guess of the noise in test images, (e - z)^2, at every sigma of levels; samples, judged."""
-    data, sde = sgu.choose(sgu.load_data("cifar10", data_root), how["forget"]), sgu.VP()
-    score, x0, error = sgu.make_score(noise_network(law, how, data, sde), sde), sgu.from_levels(data["test"][:how["images"]]), []
-    for sigma in how["levels"]:
-        with torch.no_grad():
-            _, e, z = sgu.predict_noise(score, sde, x0, sde.time(torch.full((len(x0),), sigma)), None, torch.Generator().manual_seed(1))
-        error.append(float((e - z).square().mean()))
-    draw = lambda seed: sgu.to_levels(sgu.ancestral_sample(score, sde, (how["samples"] // 4, *x0.shape[1:]), how["sampler_steps"], torch.Generator().manual_seed(seed)))
-    return dict(measure_images(torch.cat([draw(seed) for seed in range(4)]), sgu.load_judge(out / "noise-judge.pt"), data), noise_law=law, squared_error=error)
+WALKS = [(name, steps) for name, all_steps in dict(
+    em=(15, 30, 60, 120), pc=(30, 60), ancestral=(15, 30, 60, 120), multistep=(10, 20, 40),
+    ode=(10, 20, 40)).items() for steps in all_steps]
 
+def samplers(opt):
+    """The ratio of the committed networks by sampler and number of steps."""
+    n, half, walks = 20 if opt.quick else 500, halves(opt)[1], WALKS[::5] if opt.quick else WALKS
+    keys = [(m, s, k) for s, k in walks for m in DIGITS]
+    jobs = {"sampler-{}-{}-{}".format(m, s, k): dict(
+        half, methods="standard", pretrained=committed(m), sde="ve", sampler=s, sampler_steps=k,
+        samples=n, tasks="sample", seed=11) for m, s, k in keys}
+    done = attempt_all(command, jobs, opt.out)
+    rows = [dict(last_entry(done[name]), method=m, sampler=s, steps=k,
+                 evaluations=k * (2 if s == "pc" else 1) + 1)
+            for name, (m, s, k) in zip(jobs, keys)]
+    return dict(config=dict(samplers=walks, n=n), rows=rows, judge=rows[0]["judge"])
 
-def noise(out, data_root):
-    data, path = sgu.choose(sgu.load_data("cifar10", data_root), NOISE["forget"]), out / "noise-judge.pt"
-    if not path.exists():
-        for *_, judge in sgu.train_judge(data, *CIFAR["judge"], flip=True):
-            pass
-        sgu.save_checkpoint(path, dict(format="sgu-1", network=judge.config, model=judge.state_dict()))
-    jobs = {f"noise-{'_'.join(map(str, law))}": (law, NOISE) for law in NOISE_LAWS}
-    done = attempt_all(noise_trial, jobs, out, data_root)
-    return dict(config=dict(NOISE, sde="vp", seed=0), rows=[done[name] for name in jobs], judge=judge_facts(sgu.load_judge(path), data))
+NOISE = dict(steps=1200, batch_size=64, lr=3e-3, samples=500, sampler_steps=60)
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
+LAWS = ((0.0, 1.5, 2), *((-1.2, 1.2, k) for k in (2, 4, 8, 32)), (-0.6, 1.2, 32))
 
+def noise(opt):
+    """Standard of the CPU preset, trained under six noise laws: its samples, judged, and the mean
+    of (e - z)^2 in test images at every sigma of LEVELS."""
+    how = {k: TINY.get(k, v) if opt.quick else v for k, v in NOISE.items()}
+    common = dict(dataset="cifar10", data_root=opt.data_root, forget="automobile,dog",
+                  methods="standard", sde="vp", sampler="ancestral", tasks="sample")
+    judge = opt.out / "noise-judge/judge.pt"
+    if not judge.exists():                               # the network trained beside it is not used
+        tiny = dict(how, steps=1, samples=2, sampler_steps=1)
+        sgu.run(sgu.Options(device="cpu", out=str(judge.parent), **tiny, **common))
+    names = {law: "noise-" + "_".join(map(str, law)) for law in LAWS}
+    done = attempt_all(command, {name: dict(common, **how, law=law, judge=str(judge))
+                                 for law, name in names.items()}, opt.out)
+    images = sgu.load_data("cifar10", opt.data_root)["test"][:256]
+    x0, rows = sgu.from_levels(images), []
+    for law, name in names.items():
+        model, sde = sgu.load_model(opt.out / name / "standard.pt")
+        errors = []
+        for sigma in LEVELS:
+            t, g = sde.time(torch.full((len(x0),), sigma)), torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                _, e, z = sgu.predict_noise(sgu.make_score(model, sde), sde, x0, t, None, g)
+            errors.append(float((e - z).square().mean()))
+        rows.append(dict(last_entry(done[name]), noise_law=law, squared_error=errors))
+    return dict(config=dict(how, sde="vp", seed=0, images=len(x0), levels=LEVELS), rows=rows,
+                judge=rows[0]["judge"])
 
-FILES = dict(toy="rivals-toy", mnist="rivals-mnist-3,7", relearn="relearn-mnist-3,7", samplers="samplers-mnist-3,7", seeds="seeds-mnist-3,7", noise="noise-cifar10")
+# ==== 6. The command line =========================================================================
 
+EXPERIMENTS = dict(     # name: (function, results file)
+    toy=(functools.partial(compare, "toy"), "rivals-toy"),
+    mnist=(functools.partial(compare, "mnist"), "rivals-mnist-3,7"),
+    relearn=(relearn, "relearn-mnist-3,7"), samplers=(samplers, "samplers-mnist-3,7"),
+    seeds=(seeds, "seeds-mnist-3,7"), noise=(noise, "noise-cifar10"))
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=("run", *EXPERIMENTS))
+    parser.add_argument("--data-root", default="data", metavar="DIR", help="data sets [data]")
+    parser.add_argument("--out", default="runs/rivals", type=pathlib.Path, metavar="DIR",
+                        help="where the trials are kept [runs/rivals]")
+    parser.add_argument("--quick", action="store_true",
+                        help="tiny sizes, to see that it runs; the results file goes into --out")
+    opt = parser.parse_args(argv)
+    opt.seeds = [0] if opt.quick else [0, 1, 2]
+    return opt
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=tuple(FILES))
-    parser.add_argument("--data-root", default="data", metavar="DIR", help="where the data sets are (default data)")
-    parser.add_argument("--out", default="runs/rivals", metavar="DIR", help="where the trials are kept (default runs/rivals)")
-    opt = parser.parse_args(argv)
-    out = pathlib.Path(opt.out)
-    out.mkdir(parents=True, exist_ok=True)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["run"]:
+        sys.exit(sgu.main(argv[1:]))
+    opt = parse(argv)
+    experiment, name = EXPERIMENTS[opt.experiment]
+    folder = opt.out if opt.quick else here / "results"
+    opt.out.mkdir(parents=True, exist_ok=True)
     try:
-        experiments = dict(toy=functools.partial(compare, "toy"), mnist=functools.partial(compare, "mnist"), relearn=relearn, samplers=samplers, seeds=seeds, noise=noise)
-        results = experiments[opt.experiment](out, opt.data_root)
+        results = experiment(opt)
     except sgu.UsageError as error:
         sys.exit(f"rivals: {error}")
-    results.update(command=f"python notebooks/rivals.py {opt.experiment}", device=f"{sgu.describe(torch.device('cpu')).rsplit(',', 1)[0]}, {os.cpu_count()} processes of 1 thread",
-                   versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
-    name = FILES[opt.experiment]
-    if opt.experiment not in ("toy", "noise"):
-        judge, (_, half) = judge_and_halves(sgu.choose(sgu.load_data("mnist", opt.data_root), FORGET))
-        results["judge"] = judge_facts(judge, half)
-    if opt.experiment in ("toy", "mnist"):
-        results["markdown"] = make_table(results)
+    results.update(command=f"python notebooks/rivals.py {opt.experiment}",
+                   device=f"{sgu.describe('cpu')}, {os.cpu_count()} processes of 1 thread",
+                   versions=dict(python=platform.python_version(), torch=torch.__version__))
+    table = dict(toy=make_table, mnist=make_table, seeds=seeds_table).get(opt.experiment)
+    if table:
+        results["markdown"] = table(results)
         print(results["markdown"])
-        frontier(results).savefig(here / "results" / f"{name}.png")
-    elif opt.experiment == "seeds":
-        results["markdown"] = seeds_table(results)
-        print(results["markdown"])
-    sgu.save_json(here / "results" / f"{name}.json", results)
-
+    if table is make_table:
+        frontier(results).savefig(folder / f"{name}.png")
+    sgu.save_json(folder / f"{name}.json", results)
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,616 @@
+"""Tests of what lies in notebooks/: rivals, CLIP, results files, README, exercises and the grader.
+
+    python -m pytest -q                               these and those of sgu.py
+    python -m pytest -q notebooks/test_notebooks.py   these alone; -k exercise: the exercises
+"""
+import copy
+import functools
+import importlib.machinery
+import json
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "exercises")]
+
+import sgu
+
+PLAIN = dict(sgu.METHODS)                      # before rivals.py adds its own
+
+import checks
+import clip_judge
+import grade
+import make
+import rivals
+from checks import F64, SDES, TILTED, expect, loss_example, planted, seeded
+from testkit import (
+    QUICK, always_late, command, equal_weights, finished, results_of, small, write_shapes)
+
+# ==== Rivals ======================================================================================
+
+class Affine(nn.Module):
+    """A network of three numbers, F = w x + v level + b: its loss is a quadratic in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.v, self.b = (nn.Parameter(torch.tensor(value, dtype=F64))
+                                  for value in (0.3, -0.2, 0.1))
+
+    def forward(self, x, level):
+        return self.w * x + self.v * sgu.per_sample(level, x) + self.b
+
+def example(**changes):
+    """Arguments of train as the command hands them to a rival's prepare, for an Affine."""
+    data = torch.randn(50, 1, 2, 2, generator=seeded(3), dtype=F64)
+    return dict(model=Affine(), sde=SDES["VE"], keep=data, forget=data + 1, seed=5, alpha=0.7,
+                forget_loss=sgu.obtuse_loss, window=(0.5, 3.), data_std=0.8,
+                recipe=sgu.Recipe()) | changes
+
+def by_differences(arguments, loss, data, weight, window, batches, size, h=0.5):
+    """(batches, 3): the gradient of every batch's loss by central differences, exact for a
+    quadratic, on batches drawn as training draws them."""
+    model, sde, values = arguments["model"], arguments["sde"], []
+    score = sgu.make_score(model, sde, arguments["data_std"])
+    for sign in (1, -1):
+        for p in model.parameters():
+            with torch.no_grad():
+                p += sign * h
+                g = seeded(arguments["seed"])
+                for _ in range(batches):
+                    x = data[torch.randint(len(data), (size,), generator=g)]
+                    t = sgu.sample_times(sde, size, g, window=window)
+                    values.append(float(loss(score, sde, x, t=t, weighting=weight, generator=g)))
+                p -= sign * h
+    up, down = torch.tensor(values, dtype=F64).view(2, 3, batches)
+    return ((up - down) / (2 * h)).T
+
+def slopes(model, backward, keep_slopes, forget_slopes, alpha):
+    """The gradients that backward leaves for two losses of known slopes in the three numbers."""
+    for p in model.parameters():
+        p.grad = None
+    numbers = list(model.parameters())
+    losses = (sum(s * p for s, p in zip(each, numbers)) for each in (keep_slopes, forget_slopes))
+    backward(model, *losses, alpha)
+    return torch.stack([p.grad for p in numbers])
+
+def test_neggrad_and_erasediff():
+    """Minus the keep loss; and the mean of (e - aim)^2 over aims uniform around 1/2 or 0, which
+    adds their variance 1/12. n = 200,000."""
+    sde = SDES["VP"]
+    x0, t, z, e = loss_example(sde)
+    keep = sgu.score_matching_loss(planted(sde, e), sde, x0, t=t, z=z)
+    expect(rivals.neggrad_loss(planted(sde, e), sde, x0, t=t, z=z), -keep, "NegGrad", 1e-9)
+    many = torch.zeros(2000, 1, 10, 10)
+    score = planted(sde, torch.tensor(0.8))
+    for loss, centre in ((rivals.erasediff_loss, 0.5), (rivals.erasediff_zero_loss, 0.)):
+        got = loss(score, sde, many, generator=seeded(1))
+        expect(got, (0.8 - centre) ** 2 + 1 / 12, f"EraseDiff around {centre}", 0.005)
+
+def test_siss_scales_by_the_keep_norm():
+    """The keep gradient, plus the forget gradient brought to 1 - alpha times its norm."""
+    keep, forget = torch.tensor([3., 0., 4.], dtype=F64), torch.tensor([0., 200., 0.], dtype=F64)
+    backward = rivals.siss(None, example())["backward"]
+    got = slopes(Affine(), backward, keep, forget, 0.9)
+    expect(got, keep + 0.1 * 5 / 200 * forget, "gradient of SISS", 1e-9, {
+        "not scaled by the keep gradient's norm": keep + 0.1 / 200 * forget,
+        "not scaled at all": keep + 0.1 * forget})
+
+@pytest.mark.parametrize("data_std", [0.5, 2.0])
+def test_fisher_penalty(data_std):
+    """It adds the gradient of strength sum F (w - w0)^2, F the mean squared gradient of small
+    batches of D_g, weighted and timed as the keep loss is."""
+    given = example(data_std=data_std)
+    weight = sgu.balanced_weight(given["sde"], data_std)
+    fisher = by_differences(given, sgu.score_matching_loss, given["keep"], weight, (0., math.inf),
+                            6, 3).square().mean(0)
+    backward = rivals.fisher(None, given, strength=7., batches=6, batch_size=3)["backward"]
+    moved = torch.tensor([0.5, -0.25, 1.], dtype=F64)
+    for p, by in zip(given["model"].parameters(), moved):
+        p.data += by
+    got = slopes(given["model"], backward, (1., 2., 3.), (4., 5., 6.), 0.7)
+    plain = torch.tensor([0.7 * k + 0.3 * f for k, f in ((1., 4.), (2., 5.), (3., 6.))], dtype=F64)
+    expect(got, plain + 2 * 7 * fisher * moved, "gradient with the penalty", 1e-5, {
+        "the 2 of the square's derivative is missing": plain + 7 * fisher * moved})
+
+@pytest.mark.parametrize("data_std", [0.5, 2.0])
+def test_saliency_mask(data_std):
+    """A third of three weights is trained: that of the largest summed forget gradient, in the
+    window and with the weight of the forget loss; the others get no gradient and are put back."""
+    given = example(data_std=data_std)
+    weight = sgu.balanced_weight(given["sde"], data_std, 0.5)
+    saliency = by_differences(given, sgu.obtuse_loss, given["forget"], weight, given["window"],
+                              4, 5).sum(0).abs()
+    backward = rivals.salun(None, given, share=1 / 3, batches=4, batch_size=5)["backward"]
+    free = [bool(s == saliency.max()) for s in saliency]
+    got = slopes(given["model"], backward, (1., 1., 1.), (1., 1., 1.), 0.7)
+    assert got.tolist() == [float(f) for f in free], (got, saliency)
+    numbers = list(given["model"].parameters())
+    before = [float(p.detach()) for p in numbers]
+    for p in numbers:
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(numbers, lr=1.).step()
+    assert [float(p.detach()) == b for p, b in zip(numbers, before)] == [not f for f in free]
+
+@pytest.mark.parametrize("prepare", [rivals.siss, rivals.fisher, rivals.salun])
+def test_a_frozen_layer_stays_frozen(prepare):
+    given = example()
+    given["model"].b.requires_grad_(False)
+    backward, model = prepare(None, given)["backward"], given["model"]
+    backward(model, (model.w + model.v) ** 2, model.w - 2 * model.v, 0.7)
+    assert model.b.grad is None and (model.w.grad != 0 or model.v.grad != 0)
+
+RIVALS = [name for name in sgu.METHODS if name not in PLAIN]
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_rivals_through_the_command(method, finished, tmp_path, small, capsys, monkeypatch):
+    """Each runs as a method of the command and starts from Standard; stopped on the way it ends at
+    the same weights, since what it looks at is Standard, whenever it goes on."""
+    argv = [*finished[1], "--methods", method, "--pretrained", finished[0] / "standard.pt"]
+    assert command(capsys, *argv, "--out", tmp_path / "whole")[0] == 0
+    files = [tmp_path / out / f"{method}.pt" for out in ("whole", "parts")]
+    assert not equal_weights(files[0], finished[0] / "standard.pt"), "nothing was trained"
+    entry = results_of(tmp_path / "whole")["methods"][method]
+    assert entry["recipe"]["alpha"] == sgu.METHODS[method].alpha
+    replace, saves = os.replace, []
+    def stop(source, target):
+        replace(source, target)
+        saves.append(pathlib.Path(target).name)
+        if saves.count(f"{method}.pt") == 2:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        patch.setattr(sgu, "time", always_late())
+        assert command(capsys, *argv, "--out", tmp_path / "parts")[0] == 130
+    assert command(capsys, *argv, "--out", tmp_path / "parts")[0] == 0
+    assert equal_weights(*files), f"{method}: stopped and gone on, other weights"
+
+def test_energy_distance():
+    """Of N(0, 1) and N(m, 1) it is 2 (2/sqrt(pi) e^(-m^2/4) + m erf(m/2)) - 4/sqrt(pi)."""
+    x, y = (torch.randn(n, 1, generator=seeded(i), dtype=F64) for i, n in enumerate((4000, 3000)))
+    for m in (0., 1., 3.):
+        apart = 2 / math.sqrt(math.pi) * math.exp(-m ** 2 / 4) + m * math.erf(m / 2)
+        got = rivals.energy_distance(x, y + m)
+        assert abs(got - 2 * apart + 4 / math.sqrt(math.pi)) < 0.005 + 0.03 * m, f"m = {m}: {got}"
+
+# ==== CLIP as the judge ===========================================================================
+
+class FakeClip(nn.Module):
+    """Embeds an image as its mean colour, and a text as what the prompt says."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.visual = types.SimpleNamespace(image_size=(16, 16))
+
+    def encode_image(self, x):
+        assert x.shape[1:] == (3, 16, 16)
+        self.seen = x
+        return self.scale * x.mean((2, 3))
+
+    def encode_text(self, tokens):
+        means = dict(bright=[1., 1., 1.], dark=[-1., -1., -1.])
+        words = [next((w for w in means if w in token), None) for token in tokens]
+        return torch.tensor([means.get(word, [3., 0., -3.]) for word in words])
+
+def fake_open_clip(monkeypatch, create_model):
+    """A module open_clip that makes its models by create_model. -> the prompts it was given"""
+    prompts, module = [], types.ModuleType("open_clip")
+    module.__spec__ = importlib.machinery.ModuleSpec("open_clip", None)
+    module.create_model = create_model
+    module.get_tokenizer = lambda name: lambda texts: prompts.extend(texts) or texts
+    monkeypatch.setitem(sys.modules, "open_clip", module)
+    return prompts
+
+def test_clip_judge(monkeypatch, finished, tmp_path, small):
+    """Its prompts, its pixels, what it says where it is not installed; it judges a whole run."""
+    asked = []
+    def create_model(name, pretrained):
+        asked.append((name, pretrained))
+        return FakeClip()
+    prompts = fake_open_clip(monkeypatch, create_model)
+    judge = clip_judge.ClipJudge(["bright", "dark", "3"])
+    assert asked == [("ViT-B-32", "openai")]
+    assert prompts == ["a photo of bright", "a photo of dark", "a photo of the digit 3"]
+    x = torch.tensor([250, 3], dtype=torch.uint8)[:, None, None, None].expand(2, 1, 28, 28)
+    probs, features = sgu.opinions(judge, x)
+    assert probs.argmax(1).tolist() == [0, 1] and probs.amax() > 0.99 and probs.shape == (2, 4)
+    assert not probs[:, 3].any(), "CLIP never says none of these"
+    expect(features.norm(dim=1), [1., 1.], "length of CLIP's embedding", 1e-5)
+    mean, std = torch.tensor([[0.4815, 0.4578, 0.4082], [0.2686, 0.2613, 0.2758]])
+    want = (250 / 255 - mean) / std
+    expect(judge.clip.seen[0, :, 0, 0], want, "a pixel as CLIP wants it", 2e-3)
+    names = ["one", "bright", "dark", "four"]
+    path = write_shapes(tmp_path / "s.npz", class_names=names)
+    opt = sgu.parse_options(["--dataset", path, *QUICK, "--forget", "dark", "--methods", "standard",
+                             "--out", str(tmp_path / "run")])
+    r = sgu.run(opt, judge=clip_judge.ClipJudge(names))
+    assert not (tmp_path / "run" / "judge.pt").exists(), "our own judge was trained all the same"
+    assert set(r["methods"]["standard"]["class_histogram"]) == set(names)
+    def no_weights(name, pretrained):
+        raise RuntimeError("cannot reach the hub\nat all")
+    fake_open_clip(monkeypatch, no_weights)
+    with pytest.raises(sgu.UsageError, match="openai"):
+        clip_judge.ClipJudge(["a", "b"])
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(sgu.UsageError, match="pip install open_clip_torch"):
+        clip_judge.ClipJudge(["a", "b"])
+
+def test_real_open_clip():
+    """A random CLIP of open_clip, where it is installed: shapes and ranges."""
+    pytest.importorskip("open_clip")
+    judge = clip_judge.ClipJudge(["cat", "3"], name="RN50", weights=None)
+    probs, features = sgu.opinions(judge, sgu.draw_glyphs(2, 0)[0])
+    assert probs.shape == (2, 3) and torch.isfinite(probs).all()
+    expect(features.norm(dim=1), [1., 1.], "length of CLIP's embedding", 1e-4)
+
+# ==== Results files, the paper's tables, README ===================================================
+
+def test_paper_tables_add_up():
+    """The total is the sum of the classes, every row has the four columns, and the table of the
+    command quotes them where it forgot the same."""
+    paper = json.loads((HERE / "paper.json").read_text(encoding="utf-8"))
+    for number in ("2", "5"):
+        for key, rows in paper[number].items():
+            assert all(len(row) == len(paper["columns"]) for row in rows.values()), (number, key)
+            names = set(rows) - {"total", "D_g", "D_f"}
+            total = np.sum([rows[name] for name in names], axis=0)
+            assert np.allclose(total, rows["total"], atol=0.11), (number, key)
+    assert paper["2"]["mnist,ve"]["total"] == [26.8, 1.2, 5.1, 4.1]
+
+@pytest.mark.parametrize("name", ["rivals-toy", "rivals-mnist-3,7"])
+def test_rivals_results_add_up(name):
+    """The committed comparison: the summary is that of its runs, the chosen setting is the best of
+    its three, everyone paid the same."""
+    results = make.read_results(name)
+    config = results["config"]
+    distance = rivals.DISTANCE[config["domain"]] + "_all"
+    settings = rivals.SETTINGS[config["domain"]]
+    assert set(results["tuning"]) == set(settings)
+    assert set(results["methods"]) == {"standard", "unseen", *settings}
+    for method, entry in results["methods"].items():
+        runs = entry["runs"]
+        shares = [run["unlearning_ratio"]["total"] for run in runs]
+        bits = [run["nll_bits_per_dim"]["D_g"] for run in runs]
+        assert len(runs) == len(config["seeds"]) == 3
+        assert math.isclose(entry["ratio"]["mean"], statistics.mean(shares)), method
+        assert math.isclose(entry["ratio"]["sd"], statistics.stdev(shares), abs_tol=1e-12), method
+        assert math.isclose(entry["D_g"]["mean"], statistics.mean(bits)), method
+        lo, hi = entry["pooled"]["ci95"]
+        assert entry["pooled"]["n"] == 3 * config["samples"] and lo <= entry["ratio"]["mean"] <= hi
+        if method in results["tuning"]:
+            tried = [trial.get(distance, math.inf) for trial in results["tuning"][method]]
+            assert len(tried) == 3 and tried[entry["setting"]] == min(tried), method
+            paid = entry["recipe"]["steps"] * (1 if method == "finetune" else 2)
+            assert paid == 2 * config["steps"], f"{method}: {paid} gradients"
+
+def test_readme_agrees_with_the_results_files():
+    filled, text = make.filled_readme(), (HERE.parent / "README.md").read_text(encoding="utf-8")
+    assert filled == text, "README.md is older than results/: run python notebooks/make.py readme"
+
+# ==== Exercises ===================================================================================
+
+def test_the_oracle_itself():
+    """The closed-form score is the gradient of the closed-form log p_t, which integrates to 1."""
+    for a, s in ((1., 0.3), (0.4, 0.9)):
+        x = (2 * torch.randn(50, 2, generator=seeded(), dtype=F64)).requires_grad_()
+        grad, = torch.autograd.grad(TILTED.log_prob(x, a, s).sum(), x)
+        fixed = types.SimpleNamespace(marginal=lambda t: (a * torch.ones_like(t),
+                                                          s * torch.ones_like(t)))
+        expect(TILTED.score(fixed)(x.detach(), torch.zeros(50)), grad, "mixture score", 1e-10)
+        u = torch.linspace(-8, 8, 401, dtype=F64)
+        total = TILTED.log_prob(torch.cartesian_prod(u, u), a, s).exp().sum() * (u[1] - u[0]) ** 2
+        expect(total, 1., "integral of p_t", 1e-8)
+
+needs_sources = pytest.mark.skipif(not grade.SOURCES, reason="exercises/src is not here")
+
+def test_predictions():
+    check, bug = checks.check_prediction, checks.planted_bug
+    for said in ("b", " B.", "(b)"):
+        check(said, "b")
+    for said in (1.04, torch.tensor(1.04), np.float32(1.04)):
+        check(said, 1, 0.05)
+    for said, measured, tol, words in (
+            ("a", "b", None, "otherwise: it grows"), ("", "b", None, "letters"),
+            (3, "b", None, "letters"), (1.06, 1, 0.05, "the run says 1: it"),
+            ("1", 1, 0.05, "a number"), (math.nan, 1, 0.05, "a number"),
+            (None, 1, 0.05, "a number"), (torch.ones(2), 1, 0.05, "a number"),
+            (16, 0.16, 0.05, "not percent")):
+        with pytest.raises(AssertionError, match=words):
+            check(said, measured, tol, "it grows")
+    for line in (4, "4", 4.0, "# line 4"):
+        with bug(line, "3.3"):
+            pass
+    for line, words in ((5, "another line than 5"), (0, "put the number"), ("", "put the number"),
+                        ("4 or 5", "put the number")):
+        with pytest.raises(AssertionError, match=words), bug(line, "3.3"):
+            pass
+    for line, words in ((0, "1, not 2; which line"), (3, "1, not 2: it is halved")):
+        with pytest.raises(AssertionError, match=words), bug(line, "3.3"):
+            expect(1., 2., "what comes out", mistakes={"it is halved": 1.})
+
+@pytest.mark.parametrize("source", grade.SOURCES, ids=[s.stem for s in grade.SOURCES])
+def test_exercise(source, monkeypatch):
+    """Every unfilled cell and planted bug fails its check in the right words; solutions pass."""
+    monkeypatch.chdir(HERE / "exercises")
+    monkeypatch.setenv("SGU_QUICK", "1")
+    space, versions = {"__name__": "__main__"}, {}
+    for cell in make.read_source(source):
+        if cell["kind"] == "setup":
+            grade.run_cell(cell["text"], space, source.name)
+        elif cell["kind"] in ("student", "solution"):
+            versions[cell["kind"]] = cell
+        elif cell["kind"] == "check":
+            question, check = cell["question"], cell["text"]
+            student, solution = versions.pop("student"), versions.pop("solution")
+            assert student["question"] == solution["question"] == question
+            def run(text):
+                return grade.run_step(question, [(True, text)], check, space)
+            said, words = run(student["text"]), student["words"] or "not answered yet"
+            if student["words"]:               # no hint before a line is named, then the cause
+                variable = f"line_{question.replace('.', '_')}"
+                more = f"With its number in {variable} this check says more"
+                assert said.endswith(more), f"question {question}, as handed out: {said}"
+                said = run(student["text"].replace(f"{variable} = 0", f"{variable} = 1"))
+            else:
+                assert f'NotImplementedError("question {question}")' in student["text"]
+            assert words in said, f"question {question}, as handed out: {said}"
+            said = run(solution["text"])
+            assert said == "passed", f"solution of question {question}: {said}"
+            if student["words"]:
+                pairs = zip(student["text"].splitlines(), solution["text"].splitlines())
+                changed = [a for a, b in pairs if a != b]
+                bug = f"# line {checks.BUG_LINES[question][0]}"
+                assert len(changed) == 2 and changed[0].endswith(bug), f"{question}: {changed}"
+    assert not versions, "a question has no check"
+
+def obtuse_of(mean, x_t=lambda a, s, x0, z: a * x0 + s * z):
+    """A student's obtuse loss with another mean over pixels, or with another x_t."""
+    def loss(score, sde, x0, t, z):
+        a, s = (sgu.per_sample(v, x0) for v in sde.marginal(t))
+        return mean(-s * score(x_t(a, s, x0, z), t) * z)
+    return loss
+
+def orthogonal_of(product, x_t=lambda a, s, x0, z: a * x0 + s * z):
+    """A student's orthogonal loss."""
+    return obtuse_of(lambda v: product(v.flatten(1).mean(1)).square().mean(), x_t)
+
+def total(score, sde, x_g, x_f, alpha, forget_loss, generator):
+    """A student's right answer to question 5.4."""
+    keep = sgu.score_matching_loss(score, sde, x_g, generator=generator)
+    return alpha * keep + (1 - alpha) * forget_loss(score, sde, x_f, generator=generator)
+
+def swapped(score, sde, x_g, x_f, *args, **kw):
+    return total(score, sde, x_f, x_g, *args, **kw)
+
+def as_float(*args, **kw):
+    return float(total(*args, **kw).detach())
+
+def unseeded(score, sde, x_g, x_f, alpha, forget_loss, generator):
+    keep = sgu.score_matching_loss(score, sde, x_g)
+    return alpha * keep + (1 - alpha) * forget_loss(score, sde, x_f, generator=generator)
+
+def keep_detached(score, sde, x_g, x_f, alpha, forget_loss, generator):
+    keep = sgu.score_matching_loss(score, sde, x_g, generator=generator).detach()
+    return alpha * keep + (1 - alpha) * forget_loss(score, sde, x_f, generator=generator)
+
+def report_of(threshold, classes=None):
+    """A student's judge report with another threshold, or that always forgets the same classes."""
+    def report(probs, forget):
+        hit = torch.isin(probs.argmax(1), torch.tensor(classes or forget))
+        sure = probs.amax(1) >= threshold
+        shares = dict(ratio=hit, unsure=~sure, kept=~hit & sure)
+        return {name: float(share.float().mean()) for name, share in shares.items()}
+    return report
+
+def noise_is_kept(probs, forget):
+    right = report_of(0.5)(probs, forget)
+    return right | dict(kept=1 - right["ratio"])
+
+def frechet_by(turn):
+    """A student's Frechet distance whose matrix roots are turn(V) diag turn(V)^T."""
+    def root(c):
+        values, axes = torch.linalg.eigh(c)
+        return turn(axes) @ torch.diag(values.clamp(min=0).sqrt()) @ turn(axes).T
+    def distance(f, h):
+        c, d = torch.cov(f.T), torch.cov(h.T)
+        cross = root(root(c) @ d @ root(c))
+        return (f.mean(0) - h.mean(0)).square().sum() + c.trace() + d.trace() - 2 * cross.trace()
+    return distance
+
+def heun_with(**mistake):
+    """A student's log-likelihood by Heun's method with one of the mistakes of heun_likelihood."""
+    return lambda score, sde, x, steps: checks.heun_likelihood(x, sde, steps, **mistake)
+
+VE, VP = SDES["VE"], SDES["VP"]
+NOISY, CLEAN, BARE = (lambda a, s, x0, z: x0 + s * z), (lambda a, s, x0, z: a * x0), (
+    lambda a, s, x0, z: x0)
+WRONG = [                                      # handed in: the check, its arguments, what it says
+    ("ve_marginal", (VE.marginal, 0.1, 5.), "sigma_min and sigma_max are not used"),
+    ("vp_marginal", (VP.marginal, 0.2, 8.), "beta_0 and beta_1 are not used"),
+    ("schedule", (VP, None, sgu.VP(0.1, 30.).drift, sgu.VP(0.1, 30.).diffusion), "to another beta"),
+    ("schedule", (VP, None, lambda x, t: None), "is its return missing"),
+    ("schedule", (VP, None, lambda x, t: t[:, None]), "has the shape"),
+    ("obtuse_sign", (obtuse_of(torch.mean, CLEAN),), "no noise was added"),
+    ("obtuse_sign", (obtuse_of(torch.mean, BARE), VP), "given x0 itself"),
+    ("obtuse_sign", (obtuse_of(torch.mean, NOISY), VP), "x0 is not scaled"),
+    ("obtuse_sign", (obtuse_of(lambda v: v.detach().mean()),), "no gradient"),
+    ("orthogonal", (orthogonal_of(lambda v: v, CLEAN),), "no noise was added"),
+    ("orthogonal", (orthogonal_of(lambda v: v.detach()),), "no gradient"),
+    ("agreement", (obtuse_of(lambda v: v.detach().flatten(1).mean(1)),), "no gradient"),
+    ("sgu_loss", (as_float,), "no gradient"), ("sgu_loss", (swapped,), "must see x_f"),
+    ("sgu_loss", (unseeded,), "hand it on to the keep loss"),
+    ("sgu_loss", (keep_detached,), "the keep loss is detached"),
+    ("report", (report_of(0.31),), "share that the judge is unsure of"),
+    ("report", (report_of(0.75),), "share that the judge is unsure of"),
+    ("report", (report_of(0.500001),), "share that the judge is unsure of"),
+    ("report", (report_of(0.5, [3, 7]),), "argument forget is not used"),
+    ("report", (noise_is_kept,), "counts noise as kept"),
+    ("frechet", (frechet_by(lambda v: v.T),), "three dimensions"),
+    ("heun_likelihood", (lambda score, sde, x, steps: score(x, torch.ones(())),), "one time per"),
+    ("heun_likelihood", (heun_with(moved=0),), "predicted point"),
+    ("heun_likelihood", (heun_with(div_sign=-1),), "sign of the divergence"),
+    ("heun_likelihood", (heun_with(e_sign=-1),), "sign of e"),
+    ("heun_likelihood", (heun_with(second=0),), "Euler"),
+    ("heun_likelihood", (heun_with(log_term=0),), "is missing: y = x/a")]
+
+@pytest.mark.parametrize("name, arguments, words", WRONG,
+                         ids=[f"{name}: {words}" for name, _, words in WRONG])
+def test_wrong_answers_are_named(name, arguments, words):
+    with pytest.raises(AssertionError, match=words):
+        getattr(checks, f"check_{name}")(*arguments)
+
+def test_right_answers_in_other_words_pass():
+    checks.check_frechet(frechet_by(lambda v: v))
+    checks.check_report(report_of(0.5))
+    checks.check_obtuse_sign(obtuse_of(torch.mean))
+    checks.check_orthogonal(orthogonal_of(lambda v: v))
+    checks.check_agreement(obtuse_of(lambda v: v.flatten(1).mean(1)))
+    checks.check_sgu_loss(total)
+    def diagonal(field, x):                    # adds up in float32
+        rows = checks.jacobians(x)
+        return sum((rows[:, i, i].float() for i in range(3)), torch.zeros(len(x)))
+    checks.check_divergence(diagonal)
+    def probe(field, x, r):
+        return torch.einsum("bi,bij,bj->b", r, checks.jacobians(x), r)
+    checks.check_hutchinson_probe(probe)
+    for sde in (VE, VP):
+        checks.check_gaussian_score(lambda m, v, sde: checks.Mixture(
+            [1.], [m.tolist()], [[[v, 0], [0, v]]]).score(sde), sde)
+        checks.check_back_up(lambda y, sde, t, t_next, g: sgu.add_noise(sde, y, t, g, t_next), sde)
+        checks.check_pin(lambda y, x, known, sde, t, g: torch.where(
+            known, sgu.add_noise(sde, x, t, g), y), sde)
+
+def test_unlearning_is_told_from_its_imitations():
+    """The checks of exercise 6 on bright and dark images: doing nothing, destroying everything, the
+    wrong sign and the wrong data are told apart from unlearning."""
+    def capped(score, sde, x0, t=None, z=None, weighting="noise", generator=None, cap=1.5):
+        t, e, z = sgu.predict_noise(score, sde, x0, t, z, generator)
+        return -torch.minimum((e - z).square().mean(1), torch.tensor(cap)).mean()
+    checks.check_capped_neggrad(capped)
+    sde = sgu.VE()
+    keep, forget = (torch.randint(lo, lo + 60, (200, 1, 8, 8), generator=seeded(lo),
+                                  dtype=torch.uint8) for lo in (10, 180))
+    both = torch.cat([keep, forget])
+    standard = checks.tiny_net()
+    for _ in sgu.train(standard, checks.tiny_net(), sde, both, steps=60, batch_size=32, lr=5e-3):
+        pass
+    def unlearn(net, sde, keep, forget, loss=sgu.obtuse_loss, alpha=0.5, steps=90, lr=3e-3):
+        net = copy.deepcopy(net)
+        ema = copy.deepcopy(net)
+        for _ in sgu.train(net, ema, sde, keep, forget, loss, alpha, steps=steps, batch_size=32,
+                           lr=lr, window=(0.2, 4.)):
+            pass
+        return ema
+    checks.check_unlearn(unlearn, standard, sde, keep, forget)
+    class Shrunk(nn.Module):                   # e = (sigma x - F/2)/total, so this gives share e
+        def __init__(self, share):
+            super().__init__()
+            self.share = share
+        def forward(self, x, level):
+            e = sgu.per_sample(torch.exp(4 * level), x) * x / 0.5
+            return self.share * standard(x, level) + (1 - self.share) * e
+    def toward(*args, **kw):
+        return -sgu.obtuse_loss(*args, **kw)
+    fails = "too little|all images alike|destroying|TOWARD"
+    for words, wrong in (
+            ("nothing changed", lambda net, *_: net), ("all images alike", lambda *_: Shrunk(0.9)),
+            ("destroying", lambda *_: Shrunk(0.)),
+            (fails, lambda net, sde, keep, forget: unlearn(net, sde, both, both)),
+            (fails, lambda net, sde, keep, forget: unlearn(net, sde, forget, keep)),
+            ("TOWARD", functools.partial(unlearn, loss=toward, alpha=0.2)),
+            ("destroying", functools.partial(unlearn, alpha=0., lr=1e-2, steps=30))):
+        with pytest.raises(AssertionError, match=words):
+            checks.check_unlearn(wrong, standard, sde, keep, forget)
+
+@needs_sources
+def test_exercise_notebooks_are_up_to_date():
+    """They hold what python notebooks/make.py exercises writes; outputs may differ."""
+    def content(notebook):
+        return [(c["cell_type"], "".join(c["source"])) for c in notebook["cells"]]
+    made = make.exercise_notebooks()
+    for path, notebook in made.items():
+        stale = f"{path.name} is stale: run python notebooks/make.py exercises"
+        assert path.exists(), stale
+        assert content(json.loads(path.read_text(encoding="utf-8"))) == content(notebook), stale
+    assert set(made) == set((HERE / "exercises").glob("*.ipynb")), "one has no source"
+    cells = [c for s in grade.SOURCES for c in make.read_source(s) if c["kind"] == "check"]
+    assert len(cells) >= 20 and min(c["points"] for c in cells) > 0
+
+# ==== The grader ==================================================================================
+
+def hand_in(folder, number, answers):
+    """A student's notebook of exercise number with these answers: {question: code}, None: the cell
+    is deleted. -> its path"""
+    source = grade.SOURCES[number - 1]
+    notebook, cells = make.exercise_notebook(source, solution=False), []
+    for cell in notebook["cells"]:
+        question = cell["metadata"].get("sgu", "").removeprefix("answer ")
+        if answers.get(question, "") is not None:
+            cells.append(cell)
+        if answers.get(question):
+            cell["source"] = answers[question]         # a string, not lines: notebooks have both
+    path = folder / f"{source.stem}.ipynb"
+    path.write_text(json.dumps(notebook | dict(cells=cells)), encoding="utf-8")
+    return path
+
+@needs_sources
+def test_grader_survives(tmp_path):
+    """Notebooks with everything that students do to a grader, and two files that are none."""
+    solved = {c["question"]: c["text"] for s in grade.SOURCES for c in make.read_source(s)
+              if c["kind"] == "solution"}
+    evil = ("class Mine(Exception):\n    def __str__(self): raise self\n"
+            "def gaussian_score(*args): raise Mine")
+    second = hand_in(tmp_path, 2, {
+        "2.1": solved["2.1"].replace(".mean()", ""), "2.2": evil, "2.4": "choice_2_4 = ['a']",
+        "2.3": "def denoise(*args):\n    pass", "2.5": "import sys; sys.exit(0)"})
+    loud = "print('\\0\\x1b[2J' * 10000)\nimport sys; sys.stdout.close()\n"
+    fifth = hand_in(tmp_path, 5, {
+        "5.1": "%matplotlib inline\n" + loud + solved["5.1"], "5.2": "def obtuse_loss(:",
+        "5.3": "while True:\n    __import__('time').sleep(1)", "5.4": None,
+        "5.5": "import os; os._exit(3)", "5.6": solved["5.6"]})
+    (tmp_path / "bad.ipynb").write_text("{")
+    (tmp_path / "07.ipynb").write_text('{"cells": []}')
+    files = [second, fifth, tmp_path / "bad.ipynb", tmp_path / "07.ipynb"]
+    run = subprocess.run([sys.executable, HERE / "exercises" / "grade.py", "--limit", "8", *files],
+                         capture_output=True, text=True, timeout=900)
+    lines = [line.strip() for line in run.stdout.splitlines() if line.startswith("  ")]
+    lines = dict(line.split("  ", 1) for line in lines if line[0].isdigit())
+    for question, points, words in (
+            ("2.1", "0/2", "shape"), ("2.2", "0/2", "cannot even be printed"),
+            ("2.3", "0/2", "returned None"), ("2.4", "0/2", "letters"), ("2.5", "0/3", "exit()"),
+            ("5.1", "2/2", "passed"), ("5.2", "0/3", "syntax error in line 1"),
+            ("5.3", "0/3", "no result after 8 s"), ("5.4", "0/2", "is missing"),
+            ("5.5", "0/2", "exit code 3"), ("5.6", "2/2", "passed; why: ")):
+        said = lines[question]
+        assert said.startswith(points) and words in said, f"{question}: {said}\n{run.stderr}"
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 2, run.stderr
+    assert "bad.ipynb is not a notebook" in run.stderr and "none of our exercises" in run.stderr
+    assert "total  0/11" in run.stdout and "total  4/14" in run.stdout
+
+@needs_sources
+def test_grader_reads_what_jupyter_runs(tmp_path):
+    """Magics, commands, questions and await in a cell, a byte order mark, a byte that is no UTF-8:
+    none of them costs the question."""
+    first, *_ = [c for c in make.read_source(grade.SOURCES[0]) if c["kind"] == "solution"]
+    for extra in ("%matplotlib inline", "!ls", "files = !ls", "torch.randn?", "?torch.randn",
+                  "if True:\n    %time 1 + 1", "import asyncio\nawait asyncio.sleep(0)"):
+        space = {}
+        cell = f"{extra}\nimport torch\nanswer = 7 % 4 + (2 != 3)\n"
+        said = grade.run_step("1.1", [(True, cell)], "assert answer == 4", space)
+        assert said == "passed", f"{extra}: {said}"
+    path = hand_in(tmp_path, 1, {first["question"]: first["text"] + "\n# \xe4"})
+    for content in (b"\xef\xbb\xbf" + path.read_bytes(),
+                    path.read_bytes().replace(b"\\u00e4", b"\xe4")):
+        path.write_bytes(content)
+        steps = {step[0]: step for step in grade.grading_steps(path)}
+        assert steps[first["question"]][1][0][1].startswith(first["text"])
