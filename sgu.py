@@ -1382,14 +1382,18 @@ def make_table(results):
             rows.append([f"  the paper, Table {number}", *(str(paper.get(m, "")) for m in columns)])
     return rows
 
-def save_table(rows, title, out):
-    """rows -> table.md in out, and in aligned columns to standard output."""
+def save_table(results, out):
+    """The table to table.md in out, and in aligned columns to standard output."""
+    rows, judge = make_table(results), results["judge"]
+    title = (f"`{results['command']}`, {results['device']}. The judge is right on "
+             f"{judge['test_accuracy']:.2%} of the test images; it sees {judge['floor']:.2%} "
+             f"forgotten in those of D_g (its floor), none of these in {judge['none']:.2%} of all.")
     head, *lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines = [title, "", head, "|---|" + "---:|" * (len(rows[0]) - 1), *lines, ""]
     replace_file(f"{out}/table.md", "\n".join(lines).encode())
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    text = "\n".join([*lines, "", f"The pictures, this table and all numbers are in {out}"])
+    text = "\n".join([title, "", *lines, "", f"Pictures, table and all numbers are in {out}"])
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
@@ -1470,7 +1474,7 @@ def run(opt, judge=None):
     save_json(f"{opt.out}/results.json", results)
     for task, rows in pictures.items():
         draw_picture(f"{opt.out}/{task}.png", rows, judge, data["forget"])
-    save_table(make_table(results), f"`{command}`, {machine}", opt.out)
+    save_table(results, opt.out)
     return results
 
 def main(argv=None):

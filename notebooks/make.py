@@ -145,7 +145,7 @@ def ship(folder, columns=16, controls=4):
     config = results["config"]
     config["out"] = config["data_root"] = None                 # where files lay says nothing
     sgu.save_json(out / "mnist-3,7.json", results)
-    names = [m for m in ORDER if m in results["methods"]]
+    names = [m for m in ORDER if m in results["methods"] and m != "finetune"]
     for name in ["judge", *names]:
         shutil.copy(folder / f"{name}.pt", out / f"mnist_{name}.pt")
     judge, forget = sgu.load_judge(out / "mnist_judge.pt"), [3, 7]
