@@ -628,7 +628,7 @@ def check_training(keep, forget, forget_loss, alpha, window, steps):
         need(x.dtype == torch.uint8 or x.abs().max() < 99, "levels 0..255 must be uint8")
     need((forget is None) == (forget_loss is None), "forget and forget_loss belong together")
     need(forget is None or alpha is not None and 0 <= alpha < 1,
-         f"forgetting needs alpha in [0, 1), the weight of the keep loss, not {alpha}")
+         f"alpha {alpha} must be in [0, 1), the weight of the keep loss, else nothing is forgotten")
     need(0 <= window[0] < window[1], f"window must be 0 <= low < high in sigma, not {window}")
     need(steps >= 1, f"steps must be at least 1, not {steps}")
     need(not torch.is_inference_mode_enabled(), "leave torch.inference_mode to train")
@@ -1091,8 +1091,6 @@ def resolve(opt):
     if "standard" in methods or any(from_standard(m, opt) for m in methods):
         methods = dict.fromkeys(["standard", *methods])
     opt.methods = ",".join(methods)
-    require(opt.alpha != 1 or not any(METHODS[m].loss for m in methods),
-            "--alpha 1.0 leaves the loss of D_f without weight: nothing would be forgotten")
     for how in [METHODS[m] for m in methods if METHODS[m].loss]:  # what train would refuse too late
         alpha = how.alpha if opt.alpha is None else opt.alpha
         loss, image = obtuse_loss if how.prepare else how.loss, torch.zeros(1)
