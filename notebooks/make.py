@@ -1,16 +1,28 @@
 """Everything that is generated, by one command each. Run from the repository's top folder.
 
-    python notebooks/make.py readme         fill the tables of README.md from results/*.json
+    python notebooks/make.py fill           write what results/*.json say into README.md,
+                                            results/README.md and the text of the notebooks
+    python notebooks/make.py stale          list the results that today's code would not make; exit
+                                            code 1 if one of those pages quotes such a file
     python notebooks/make.py ship FOLDER    a finished run on MNIST -> what is quoted and shipped:
                                             results/mnist-3,7.json, mnist_*.pt, before_after.png
     python notebooks/make.py run            execute every notebook, fail on the first error
-    python notebooks/make.py run --save     the same, and keep the outputs, and what 08 and 10
-                                            write into results; run 02 05: only these
-    python notebooks/make.py exercises      exercises/src/*.py -> exercises/*.ipynb, for students,
-                                            and *_solution.ipynb
+    python notebooks/make.py run --save     the same, and keep the outputs; run 02 05: only these
+    python notebooks/make.py exercises      exercises/src/*.py -> *.ipynb and *_solution.ipynb
     python notebooks/make.py grade-all      solutions get full points, what students get none
 
 SGU_QUICK=1 in the environment: notebooks at tiny sizes, to see that everything runs.
+
+fill writes between such a comment and the <!-- end --> that must follow it:
+
+    <!-- results: NAME -->               the table of results/NAME.json, and what it is of
+    <!-- rows: SECTION NAME NAME -->     the same rows of several files in one table. SECTION:
+                                         ratio, nll, inpaint, reconstruct, inpaint-distance or
+                                         reconstruct-distance. NAME cifar10,vp: the paper's rows
+    <!-- number: NAME PATH FORMAT -->    PATH: methods.obtuse.unlearning_ratio.ci95.0, say. FORMAT:
+                                         of Python, as .1% or .2f, or min for seconds as minutes.
+                                         NAME paper: of paper.json
+    <!-- code: MODULE.NAME ... -->       needs no end: see kit.with_code
 """
 import json, os, pathlib, re, sys, time
 
@@ -19,24 +31,35 @@ sys.path.insert(0, str(here.parent))
 
 
 def read_results(name):
-    return json.loads((here / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    path = here / ("paper.json" if name == "paper" else f"results/{name}.json")
+    return json.loads(path.read_text(encoding="utf-8"))
 
+
+# ==== 1. Tables of results, the paper's numbers under ours ========================================
 
 ORDER = ("standard", "orthogonal", "obtuse", "relative", "unseen", "finetune")  # of all tables
-PAPER = json.loads((here / "paper.json").read_text(encoding="utf-8"))           # its Tables 2 to 5
+PAPER = read_results("paper")                                                   # its Tables 1 to 5
+DATA = dict(mnist="MNIST", cifar10="CIFAR-10", stl10="STL-10", celeba="CelebA")
+TASKS, PARTS = dict(inpaint="3", reconstruct="4"), ("D_g", "D_f")   # the paper's table of a task
+SECTIONS = dict(ratio=["in all, % [95%]"], nll=[f"NLL {part}, bits/dim" for part in PARTS])
+for task in TASKS:
+    SECTIONS[task] = [f"{task} {part}, %" for part in PARTS]
+    SECTIONS[f"{task}-distance"] = [f"{task} {part}, distance" for part in PARTS]
+
+
+def key_of(results):
+    """The data set and the schedule, as paper.json names them."""
+    config = results["config"]
+    return f"{results.get('data') or pathlib.Path(config['dataset']).stem},{config['sde']}"
 
 
 def paper_of(results, table=None):
-    """(the paper's rows for the data set, schedule and forgotten classes, the number of its table).
-    table: 2 or 5; None: 5 for fine-tuned models where it has the data set, else 2."""
-    config = results["config"]
-    name = results.get("data") or pathlib.Path(config["dataset"]).stem
-    key = f"{name},{config['sde']}"
-    if table is None:
-        table = 5 if config["training"] == "finetune" and key in PAPER["5"] else 2
-    rows = PAPER[str(table)].get(key, {})
-    same = set(rows) - {"total", "D_g", "D_f"} == set(config["forget"].split(","))
-    return rows if same else {}, table
+    """(key_of(results), or None if the paper did not forget the same; its table of ratios, 2 or 5;
+    if that is None, 5 for fine-tuned models where it has the data set, else 2)."""
+    config, key = results["config"], key_of(results)
+    table = table or (5 if config["training"] == "finetune" and key in PAPER["5"] else 2)
+    classes = set(PAPER[str(table)].get(key, {})) - {"total", *PARTS}
+    return key if classes == set(config["forget"].split(",")) else None, str(table)
 
 
 def interval(share, ends):
@@ -47,7 +70,8 @@ def cells_of(entry, forget, tasks):
     """The column of one method: {title of the row: text}, of what was measured; of tasks, too."""
     cells, ratio, nll = {}, entry.get("unlearning_ratio"), entry.get("nll_bits_per_dim")
     if ratio:
-        cells = {f"{name}, %": f"{100 * ratio[name]:.1f}" for name in forget}
+        if len(forget) > 1:
+            cells = {f"{name}, %": f"{100 * ratio[name]:.1f}" for name in forget}
         cells["in all, % [95%]"] = interval(ratio["total"], ratio["ci95"])
     if entry.get("none") is not None:
         cells["none of these or unsure, %"] = f"{100 * entry['unsure']:.1f}"
@@ -58,7 +82,7 @@ def cells_of(entry, forget, tasks):
         cells["distance of kept samples"] = f"{entry['frechet_kept']:.2f}"
     if entry.get("frechet_real") is not None:
         cells["of as many real images"] = f"{entry['frechet_real']:.2f} (n = {entry['kept']})"
-    for key in ("D_g", "D_f") if nll else ():
+    for key in PARTS if nll else ():
         error = f" ± {nll['se'][key]:.2f}" if nll["se"][key] is not None else ""
         open_ = "" if nll.get("converged", {}).get(key, True) else " (?)"
         cells[f"NLL {key}, bits/dim"] = f"{nll[key]:.2f}{error}{open_}"
@@ -69,71 +93,186 @@ def cells_of(entry, forget, tasks):
     return cells
 
 
-def results_table(results, table=None, tasks=("inpaint", "reconstruct")):
+def columns_of(results, tasks=tuple(TASKS)):
+    forget = results["config"]["forget"].split(",")
+    return {m: cells_of(entry, forget, tasks) for m, entry in results["methods"].items()}
+
+
+def rows_of(title, columns, paper, label):
+    """Our row of a table and the paper's below it, as far as there are any: [(label, {method:
+    text}, number of the paper's table or None)]. paper: what paper_of returns."""
+    (key, number), row, digits = paper, title.removesuffix(", %"), 1 if "%" in title else 2
+    task, part = title.split()[0], next((part for part in PARTS if part in title), None)
+    if task in TASKS:
+        number, row = TASKS[task], part if "%" in title else f"distance {part}"
+    elif part or title in SECTIONS["ratio"]:
+        row = part or "total"
+    values = PAPER[number].get(key, {}).get(row, ())
+    theirs = {m: f"{v:.{digits}f}" for m, v in zip(PAPER["columns"], values)}
+    ours = {m: cells[title] for m, cells in columns.items() if title in cells}
+    rows = [(label, ours, None)] if ours else []
+    if theirs:
+        rows.append(("the paper's" if ours else f"{label}, the paper's", theirs, number))
+    return rows
+
+
+def markdown(rows, methods):
+    """Rows of a table in Markdown, a column per method."""
+    import sgu
+    shown = [m for m in ORDER if m in methods] + [m for m in methods if m not in ORDER]
+    lines = [["", *(sgu.METHODS[m].title if m in sgu.METHODS else m for m in shown)]]
+    lines.append(["---"] + ["---:"] * len(shown))
+    lines += [[label, *(cells.get(m, "") for m in shown)] for label, cells, _ in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def results_table(results, table=None, tasks=tuple(TASKS)):
     """A results file -> Markdown: its own table where it brings one, else a row per figure, a
     column per method, and under ours the paper's where it has the same."""
     if "markdown" in results:
         return results["markdown"].strip()
-    import sgu
-    methods, forget = results["methods"], results["config"]["forget"].split(",")
-    shown = [m for m in ORDER if m in methods] + [m for m in methods if m not in ORDER]
-    paper, number = paper_of(results, table)
-    names = {f"{name}, %": name for name in forget} | {
-        "in all, % [95%]": "total", "NLL D_g, bits/dim": "D_g", "NLL D_f, bits/dim": "D_f"}
-    if len(forget) == 1:
-        del names["in all, % [95%]"]                           # the paper's total says nothing new
-    columns = {m: cells_of(methods[m], forget, tasks) for m in shown}
-    rows = [["", *(sgu.METHODS[m].title if m in sgu.METHODS else m for m in shown)]]
-    rows.append(["---"] + ["---:"] * len(shown))
+    columns, rows = columns_of(results, tasks), []
     for title in dict.fromkeys(title for cells in columns.values() for title in cells):
-        rows.append([title, *(columns[m].get(title, "") for m in shown)])
-        if names.get(title) in paper:
-            quote = dict(zip(PAPER["columns"], paper[names[title]]))
-            digits = 2 if "NLL" in title else 1
-            rows.append(["the paper's", *(f"{quote[m]:.{digits}f}" if m in quote else ""
-                                          for m in shown)])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n\n" + words_of(results, number if paper else None)
+        rows += rows_of(title, columns, paper_of(results, table), title)
+    words = f"{words_of(results, ('ratio', 'nll', *tasks))} {words_of_paper(rows)}"
+    return f"{markdown(rows, columns)}\n\n{words.strip()}"
 
 
-def words_of(results, number):
-    """What a table's numbers are of; number: of the paper's table that is quoted, or None."""
-    config, judge, methods = results["config"], results["judge"], results["methods"].values()
-    words = f"`{results['command']}`; {results['device']}; seed {config['seed']}."
-    ratios = [m["unlearning_ratio"] for m in methods if "unlearning_ratio" in m]
-    if ratios:
-        words += (f" n = {ratios[0]['n']} samples a method, 95% Wilson intervals; "
-                  f"{config['sampler']}, {config['sampler_steps']} steps. Judge: test accuracy "
-                  f"{100 * judge['test_accuracy']:.2f}%; it sees {100 * judge['floor']:.2f}% "
-                  "forgotten classes in real images to keep (its floor). Distances: Fréchet's, of "
-                  "its features.")
-    nlls = [m["nll_bits_per_dim"] for m in methods if "nll_bits_per_dim" in m]
-    if nlls:
-        n = nlls[0]["n"]
-        words += (f" NLL of {n['D_g']} and {n['D_f']} test images, ± one standard error; (?): the "
-                  "integration did not converge.")
-    words += f" {results['remark']}" if "remark" in results else ""     # written by hand
-    return words + (f" The paper's: Table {number}. {PAPER['protocol']}" if number else "")
+def rows_table(section, *names):
+    """One table of a section's rows over several results files; see the top of this file."""
+    rows, words = [], []
+    for name in names:
+        key, paper, columns, how = name, (name, "2"), {}, ""   # of the paper alone
+        if not any(name in PAPER[number] for number in "2345"):
+            results = read_results(name)
+            key, paper, columns = key_of(results), paper_of(results), columns_of(results)
+            how = ", re-trained" if results["config"]["training"] == "retrain" else ""
+        data, sde = key.split(",")
+        label = f"{DATA.get(data, data)}, {sde.upper()}{how}"
+        for title in SECTIONS[section]:
+            part = "".join(f", {part}" for part in PARTS if part in title)
+            rows += rows_of(title, columns, paper, label + part)
+        if not any(row.startswith(label) for row, *_ in rows):
+            raise KeyError(f"{name} has no {section}")
+        if columns:
+            words.append(f"{label}: {words_of(results, [section.partition('-')[0]])}")
+    methods = dict.fromkeys(m for _, cells, _ in rows for m in cells)
+    return "\n\n".join([markdown(rows, methods), *words, words_of_paper(rows)]).strip()
 
 
-def filled_readme():
-    """README.md with every block <!-- results: NAME --> ... <!-- end --> made anew from
-    results/NAME.json, and every <!-- number: NAME KEY.KEY FORMAT -->."""
-    def block(match):
-        table = results_table(read_results(match[1]))
-        return f"<!-- results: {match[1]} -->\n{table}\n<!-- end -->"
+def words_of(results, sections):
+    """What the numbers of a table are of."""
+    config, judge = results["config"], results["judge"]
+    words = [f"`{results['command']}`; {results['device']}; seed {config['seed']}."]
+    one = {key: m[key] for m in results["methods"].values() for key in m}  # n is the same in all
+    ratio, nll = one.get("unlearning_ratio"), one.get("nll_bits_per_dim")
+    if ratio and "ratio" in sections:
+        words.append(
+            f"n = {ratio['n']} samples a method, 95% Wilson intervals; {config['sampler']}, "
+            f"{config['sampler_steps']} steps. Judge: test accuracy {judge['test_accuracy']:.2%}; "
+            f"it sees {judge['floor']:.2%} forgotten classes in real images to keep (its floor). "
+            "Distances: Fréchet's, of its features.")
+    if nll and "nll" in sections:
+        words.append(f"NLL of {nll['n']['D_g']} and {nll['n']['D_f']} test images, ± one standard "
+                     "error; (?): the integration did not converge.")
+    for task in [task for task in TASKS if task in sections and task in one]:
+        n = " and ".join(str(part["n"]) for part in one[task].values())
+        clean = " and ".join(f"{part['clean']:.1%}" for part in one[task].values())
+        words.append(f"{task}: {n} test images of D_g and D_f, of which the judge names {clean} "
+                     "rightly when untouched.")
+    return " ".join([*words, results.get("remark", "")]).strip()        # a remark is ours, by hand
 
-    def number(match):
-        value = read_results(match[1])
-        for key in match[2].split("."):
-            value = value[key]
-        text = f"{value / 60:.1f} min" if match[3] == "min" else format(value, match[3])
-        return f"<!-- number: {match[1]} {match[2]} {match[3]} -->{text}<!-- end -->"
 
-    text = (here.parent / "README.md").read_text(encoding="utf-8")
-    text = re.sub(r"<!-- results: (\S+) -->.*?<!-- end -->", block, text, flags=re.S)
-    return re.sub(r"<!-- number: (\S+) (\S+) (\S+) -->.*?<!-- end -->", number, text, flags=re.S)
+def words_of_paper(rows):
+    """What the paper's numbers in a table are of, if there are any."""
+    numbers = sorted({number for _, _, number in rows if number})
+    words = [f"The paper's: Table{'s' * (len(numbers) > 1)} {' and '.join(numbers)}."]
+    words += [PAPER["protocol"]] * bool({"2", "5"} & {*numbers})
+    words += [PAPER["tasks"]] * bool({"3", "4"} & {*numbers})
+    return " ".join(words) if numbers else ""
 
+
+# ==== 2. Pages filled from results ================================================================
+
+# What fill writes into, and where stale looks for quotations.
+PAGES = [here.parent / "README.md", here / "results/README.md", *sorted(here.glob("*.ipynb"))]
+
+
+def look_up(content, path):
+    """What stands at a path such as runs.0.ci95.1; of keys that hold dots, the longest fits."""
+    if not path:
+        return content
+    words = path.split(".")
+    known = content if isinstance(content, dict) else {}
+    known = {str(i): v for i, v in enumerate(content)} if isinstance(content, list) else known
+    for i in range(len(words), 0, -1):
+        key = ".".join(words[:i])
+        if key in known:
+            return look_up(known[key], ".".join(words[i:]))
+    raise KeyError(f"no {path} among {', '.join(known)}")
+
+
+def content_of(kind, words):
+    """What belongs between a comment and its end."""
+    if kind == "number":
+        name, *path, form = words
+        value = look_up(read_results(name), " ".join(path))
+        return f"{value / 60:.1f} min" if form == "min" else format(value, form)
+    table = results_table(read_results(*words)) if kind == "results" else rows_table(*words)
+    return f"\n{table}\n"
+
+
+def filled(text, where, problems):
+    """A page's text with what its comments ask for. What cannot be filled stays, and problems gets
+    a line that begins with where."""
+    def fresh(match):
+        try:
+            return f"{match[1]}{content_of(match[2], match[3].split())}<!-- end -->"
+        except (KeyError, ValueError, TypeError, OSError) as error:
+            problems.append(f"{where}: {match[1]}: {type(error).__name__} {error}")
+            return match[0]
+
+    start = "<!-- (results|rows|number):"
+    block = rf"({start}([^>]*)-->)(?:(?!{start}).)*?<!-- end -->"
+    text, n = re.subn(block, fresh, text, flags=re.S)
+    if not n == len(re.findall(start, text)) == text.count("<!-- end -->"):
+        problems.append(f"{where}: a comment of make.py without its end, or an end without one")
+    return text
+
+
+def filled_page(path, problems):
+    """The new content of a page; of a notebook nothing but the Markdown is touched."""
+    text = path.read_bytes().decode()
+    if path.suffix != ".ipynb":
+        return filled(text, path.name, problems)
+    notebook = json.loads(text)
+    plain = notebook_text(notebook)
+    for cell in [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]:
+        old = "".join(cell["source"])
+        new = filled(old, path.name, problems)
+        if "<!-- code:" in new:
+            import kit
+            new = kit.with_code(new)
+        if new != old:
+            cell["source"] = new.splitlines(keepends=True)
+    new = notebook_text(notebook)
+    if new != plain != text:                                   # more than the text would change
+        problems.append(f"{path.name} is not as Jupyter writes it: save it there first")
+    return new if new != plain == text else text
+
+
+def fill():
+    """Rewrite the pages that change. Exit code 1 and a line each for what cannot be filled."""
+    problems = []
+    for path in PAGES:
+        new = filled_page(path, problems).encode()
+        if new != path.read_bytes():
+            path.write_bytes(new)
+            print(f"filled {path.relative_to(here.parent)}")
+    sys.exit("\n".join(problems) or 0)
+
+
+# ==== 3. Runs, notebooks, exercises ===============================================================
 
 def ship(folder, columns=16, controls=4):
     """Copy the results, networks and judge of a finished run on MNIST to results/, and draw the
@@ -142,8 +281,7 @@ def ship(folder, columns=16, controls=4):
     import sgu
     folder, out = pathlib.Path(folder), here / "results"
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    config = results["config"]
-    config["out"] = config["data_root"] = None                 # where files lay says nothing
+    results["config"].update(out=None, data_root=None)         # where files lay says nothing
     sgu.save_json(out / "mnist-3,7.json", results)
     names = [m for m in ORDER if m in results["methods"] and m != "finetune"]
     for name in ["judge", *names]:
@@ -159,9 +297,9 @@ def ship(folder, columns=16, controls=4):
 
 
 def run_notebooks(save, chosen=()):
-    """Execute every notebook (or those whose numbers are chosen) from a clean kernel, in the order
-    of their names, in the folder it lies in."""
+    """Execute every notebook, or those of the chosen numbers, in order, from a clean kernel."""
     import nbformat
+    import stale
     from nbclient import NotebookClient
     os.environ["SGU_SAVE"] = str(int(save))                    # lets 08 and 10 write their results
     for path in sorted(here.glob("*.ipynb")):
@@ -176,6 +314,12 @@ def run_notebooks(save, chosen=()):
             for cell in notebook.cells:
                 cell.metadata.pop("execution", None)           # time stamps: only noise in a diff
             nbformat.write(notebook, path)
+            stale.sign(path, start)
+
+
+def notebook_text(notebook):
+    """A notebook as Jupyter writes it."""
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
 HEAD = (r" *(?P<kind>\[markdown\]|look|student|solution|check|) *(?P<question>\d+\.\d+)?"
@@ -240,8 +384,7 @@ def exercise_notebooks():
 
 
 def grade_all():
-    """Grade all exercise notebooks; exit code 1 unless solutions get full points and what students
-    get gets none."""
+    """Exit code 1 unless solutions get full points, and what students get gets none."""
     sys.path.insert(0, str(here / "exercises"))
     import grade
     wrong = []
@@ -254,16 +397,18 @@ def grade_all():
 
 
 def main(command):
-    if command[:1] == ["readme"]:
-        (here.parent / "README.md").write_text(filled_readme(), encoding="utf-8")
+    if command == ["fill"]:
+        fill()
+    elif command == ["stale"]:
+        import stale
+        sys.exit(stale.main())
     elif command[:1] == ["ship"] and len(command) == 2:
         ship(command[1])
     elif command[:1] == ["run"]:
         run_notebooks("--save" in command, [word for word in command if word.isdigit()])
     elif command[:1] == ["exercises"]:
         for path, notebook in exercise_notebooks().items():
-            text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-            path.write_text(text, encoding="utf-8")
+            path.write_text(notebook_text(notebook), encoding="utf-8")
     elif command[:1] == ["grade-all"]:
         grade_all()
     else:

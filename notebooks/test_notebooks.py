@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import statistics
 import subprocess
 import sys
@@ -32,9 +33,12 @@ import clip_judge
 import grade
 import make
 import rivals
+import stale
+import toy_gmm
 from checks import F64, SDES, TILTED, expect, loss_example, planted, seeded
 from testkit import (
-    QUICK, always_late, command, equal_weights, finished, results_of, small, write_shapes)
+    QUICK, always_late, command, equal_weights, finished, results_of, small, tiny_presets,
+    write_shapes)
 
 # ==== Rivals ======================================================================================
 
@@ -122,6 +126,19 @@ def test_fisher_penalty(data_std):
     expect(got, plain + 2 * 7 * fisher * moved, "gradient with the penalty", 1e-5, {
         "the 2 of the square's derivative is missing": plain + 7 * fisher * moved})
 
+def test_vdu_needs_no_kept_images():
+    """The forget gradient and a pull to Standard's weights by the variance of their layer."""
+    given = example()
+    start = torch.stack([p.detach().clone().view(()) for p in given["model"].parameters()])
+    backward, moved = rivals.vdu(None, given, strength=3.)["backward"], torch.tensor([0.5, -2., 1.])
+    for p, by in zip(given["model"].parameters(), moved):
+        p.data += by
+    got = slopes(given["model"], backward, (1., 2., 3.), (4., 5., 6.), 0.7)
+    pull = 0.7 * 3 * moved / start.square().clamp(min=1e-8)
+    expect(got, 0.3 * torch.tensor([4., 5., 6.]) + pull, "gradient of VDU", 1e-5, {
+        "the kept images count": 0.3 * torch.tensor([4., 5., 6.]) + 0.7 * torch.tensor(
+            [1., 2., 3.]) + pull, "twice the pull": 0.3 * torch.tensor([4., 5., 6.]) + 2 * pull})
+
 @pytest.mark.parametrize("data_std", [0.5, 2.0])
 def test_saliency_mask(data_std):
     """A third of three weights is trained: that of the largest summed forget gradient, in the
@@ -141,7 +158,7 @@ def test_saliency_mask(data_std):
     torch.optim.SGD(numbers, lr=1.).step()
     assert [float(p.detach()) == b for p, b in zip(numbers, before)] == [not f for f in free]
 
-@pytest.mark.parametrize("prepare", [rivals.siss, rivals.fisher, rivals.salun])
+@pytest.mark.parametrize("prepare", [rivals.siss, rivals.fisher, rivals.salun, rivals.vdu])
 def test_a_frozen_layer_stays_frozen(prepare):
     given = example()
     given["model"].b.requires_grad_(False)
@@ -293,9 +310,326 @@ def test_rivals_results_add_up(name):
             paid = entry["recipe"]["steps"] * (1 if method == "finetune" else 2)
             assert paid == 2 * config["steps"], f"{method}: {paid} gradients"
 
-def test_readme_agrees_with_the_results_files():
-    filled, text = make.filled_readme(), (HERE.parent / "README.md").read_text(encoding="utf-8")
-    assert filled == text, "README.md is older than results/: run python notebooks/make.py readme"
+@pytest.mark.parametrize("page", make.PAGES, ids=[page.name for page in make.PAGES])
+def test_pages_agree_with_the_results_files(page):
+    older, problems = f"{page.name} is older than results/: run python notebooks/make.py fill", []
+    assert make.filled_page(page, problems).encode() == page.read_bytes(), older
+    assert not problems
+
+FOUND = {"all": {"k.1": [0.25, {"y z": 90}], "k": {"1": "the shorter key"}, "a,b": 5000},
+         "command": "python x.py", "markdown": "| a table |\n\nof its own"}
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder in place of notebooks/, with one results file and nothing to fill."""
+    top = tmp_path / "notebooks"
+    (top / "results").mkdir(parents=True)
+    for module in (make, stale):
+        monkeypatch.setattr(module, "here", top)
+        monkeypatch.setattr(module, "PAGES", [])
+    (top / "paper.json").write_text(json.dumps(make.PAPER), encoding="utf-8")
+    write_results(top, "a,b.c", FOUND)
+    return top
+
+def write_results(folder, name, content):
+    (folder / "results" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+@pytest.mark.parametrize("comment, wanted", [
+    ("number: a,b.c all.k.1.0 .1%", "25.0%"), ("number: a,b.c all.k.1.0 +.2f", "+0.25"),
+    ("number: a,b.c all.k.1.1.y z min", "1.5 min"), ("number: a,b.c all.a,b ,", "5,000"),
+    ("number:\na,b.c\nall.k.1.1.y\nz d", "90"), ("number: paper 2.mnist,ve.total.0 .1f", "26.8"),
+    ("results: a,b.c", "\n| a table |\n\nof its own\n")])
+def test_fill(folder, comment, wanted):
+    """A page, twice: what is filled is filled anew, and nothing else changes."""
+    text = f"# A <!-- {comment} -->{{}}<!-- end -->.\n\n<!-- ci: start -->\n" * 2
+    full, problems = text.format(wanted, wanted), []
+    assert make.filled(text.format("old", "old -->\n\n|"), "page", problems) == full
+    assert make.filled(full, "page", problems) == full and not problems
+
+@pytest.mark.parametrize("text, words", [
+    ("<!-- number: a,b.c all.k.2 .1f --><!-- end -->", "no 2 among 1"),
+    ("<!-- number: a,b.c all.k.1.2 .1f --><!-- end -->", "no 2 among 0, 1"),
+    ("<!-- number: a,b.c every.k .1f --><!-- end -->", "no every.k among all, command, markdown"),
+    ("<!-- number: a,b.c all .1f --><!-- end -->", "all .1f -->: TypeError"),
+    ("<!-- number: a,b.c command .1f --><!-- end -->", "ValueError"),
+    ("<!-- number: nothing all .1f --><!-- end -->", "nothing.json"),
+    ("<!-- number: a,b.c --><!-- end -->", "ValueError"),
+    ("<!-- results: nothing --><!-- end -->", "nothing.json"),
+    ("<!-- rows: inpaint a,b.c --><!-- end -->", "config"),
+    ("<!-- rows: paint cifar10,vp --><!-- end -->", "paint"),
+    ("<!-- rows: reconstruct stl10,vp --><!-- end -->", "stl10,vp has no reconstruct"),
+    ("<!-- results: a,b.c --> <!-- number: a,b.c all.a,b d -->5000<!-- end -->", "without its end"),
+    ("<!-- number: a,b.c all.k.1.0 .1f --> and no end", "without its end"),
+    ("<!-- numbr: a,b.c all.k.1.0 .1f --><!-- end -->", "an end without one")])
+def test_fill_refuses(folder, text, words):
+    """One line says why; what cannot be filled stays, and all else is filled."""
+    good = "<!-- number: a,b.c all.k.1.0 .0% -->{}<!-- end -->\n"
+    problems, text = [], text.replace("--><!--", "-->old<!--")
+    assert make.filled(good + text, "page", problems) == good.format("25%") + text
+    assert len(problems) == 1 and problems[0].startswith("page: ") and words in problems[0]
+
+def test_fill_changes_only_the_text_of_a_notebook(folder, monkeypatch, capsys):
+    """Neither outputs nor code nor one byte more; a page that says the same is not written."""
+    comment = "<!-- number: a,b.c all.a,b d -->{}<!-- end -->"
+    def cell(kind, source, **more):
+        return dict(cell_type=kind, source=source, **more)
+    def page(first, second):
+        cells = [cell("markdown", ["# ü\n", comment.format(first) + "\n", "end"]),
+                 cell("markdown", comment.format(second)), cell("markdown", "plain"),
+                 cell("code", [f'"""{comment.format("code")}"""'], execution_count=1,
+                      outputs=[dict(text=[comment.format("output")], value=1e-7)])]
+        return json.dumps(dict(cells=cells, nbformat=4), indent=1, ensure_ascii=False) + "\n"
+    old, same, plain = (folder / name for name in ("1.ipynb", "2.ipynb", "README.md"))
+    one_line = page("old", "").replace(f'"{comment.format("")}"', '[\n    "@"\n   ]')
+    old.write_text(one_line.replace("@", comment.format("old")), encoding="utf-8")
+    same.write_text(page("5000", "5000").replace("1e-07", "0.0000001"), encoding="utf-8")
+    plain.write_text("nothing", encoding="utf-8")
+    before = same.read_bytes(), same.stat().st_mtime_ns, plain.stat().st_mtime_ns
+    monkeypatch.setattr(make, "PAGES", [old, same, plain])
+    with pytest.raises(SystemExit) as stop:
+        make.main(["fill"])
+    assert stop.value.code == 0
+    want = one_line.replace(comment.format("old"), comment.format("5000"))
+    assert old.read_text(encoding="utf-8") == want.replace("@", comment.format("5000"))
+    assert before == (same.read_bytes(), same.stat().st_mtime_ns, plain.stat().st_mtime_ns)
+    assert capsys.readouterr().out == "filled notebooks/1.ipynb\n"
+    other = page("old", "").replace("1e-07", "0.0000001")
+    same.write_text(other, encoding="utf-8")
+    with pytest.raises(SystemExit, match="2.ipynb is not as Jupyter writes it"):
+        make.main(["fill"])
+    assert same.read_text(encoding="utf-8") == other
+
+def restored(accuracy, clean=0.9):
+    return dict(accuracy=accuracy, ci95=[accuracy - 0.1, accuracy + 0.1], n=50, clean=clean,
+                distance=10 * accuracy)
+
+def test_rows_of_several_results_files(folder):
+    """One table: a row per data set and part, a column per method, the paper's row under it where
+    it forgot the same, and alone where a row of the paper is asked for."""
+    both = dict(D_g=restored(0.5), D_f=restored(0.25, 0.8))
+    nll = dict(D_g=2.5, D_f=9.0, n=dict(D_g=9, D_f=9), se=dict(D_g=0.1, D_f=0.5))
+    config = dict(sde="vp", forget="automobile,dog", training="finetune", seed=3)
+    methods = dict(mine=dict(inpaint=both, nll_bits_per_dim=nll), unseen=dict(inpaint=both),
+                   standard=dict(nll_bits_per_dim=nll))
+    common = dict(command="python sgu.py", device="a CPU", judge={}, config=config, data="cifar10")
+    write_results(folder, "cifar", dict(common, methods=methods))
+    other = dict(config, forget="dog", training="retrain")
+    write_results(folder, "other", dict(common, methods=dict(unseen=methods["unseen"]),
+                                        config=other))
+    got = make.rows_table("inpaint", "cifar", "other", "stl10,vp")
+    assert got.split("\n\n")[0].splitlines() == [
+        "|  | Standard | SGU-Orthogonal | SGU-Obtuse | Unseen | mine |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| CIFAR-10, VP, D_g |  |  |  | 50.0 [40.0, 60.0] | 50.0 [40.0, 60.0] |",
+        "| the paper's | 72.5 | 75.5 | 74.7 | 75.8 |  |",
+        "| CIFAR-10, VP, D_f |  |  |  | 25.0 [15.0, 35.0] | 25.0 [15.0, 35.0] |",
+        "| the paper's | 75.0 | 57.2 | 49.6 | 59.7 |  |",
+        "| CIFAR-10, VP, re-trained, D_g |  |  |  | 50.0 [40.0, 60.0] |  |",
+        "| CIFAR-10, VP, re-trained, D_f |  |  |  | 25.0 [15.0, 35.0] |  |",
+        "| STL-10, VP, D_g, the paper's | 83.4 | 83.6 | 83.1 | 84.5 |  |",
+        "| STL-10, VP, D_f, the paper's | 84.1 | 59.5 | 50.3 | 54.9 |  |"]
+    for words in ("CIFAR-10, VP: `python sgu.py`; a CPU; seed 3. inpaint: 50 and 50 test images of "
+                  "D_g and D_f, of which the judge names 90.0% and 80.0% rightly when untouched.",
+                  "The paper's: Table 3. In Tables 3 and 4"):
+        assert words in got
+    assert "CLIP, zero-shot" not in got and "NLL" not in got
+    assert make.rows_table("inpaint-distance", "cifar").splitlines()[2:5] == [
+        "| CIFAR-10, VP, D_g |  |  |  | 5.00 | 5.00 |",
+        "| the paper's | 6.80 | 6.80 | 6.77 | 6.72 |  |",
+        "| CIFAR-10, VP, D_f |  |  |  | 2.50 | 2.50 |"]
+    nlls = make.rows_table("nll", "cifar")
+    row = "| CIFAR-10, VP, D_f | 9.00 ± 0.50 |  |  |  | 9.00 ± 0.50 |"
+    assert f"{row}\n| the paper's | 2.91 | 10.36 | 14.96 | 2.95 |  |" in nlls
+    assert "The paper's: Table 5. The paper measured so" in nlls
+    assert make.filled("<!-- rows: inpaint cifar other stl10,vp --><!-- end -->", "page", []) == (
+        f"<!-- rows: inpaint cifar other stl10,vp -->\n{got}\n<!-- end -->")
+
+# ==== Results files that today's code would not make ==============================================
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("argv", [
+    "", "--dataset mnist --sde ddpm --sampler ancestral", "--dataset mnist --methods relative",
+    "--dataset cifar10 --training retrain --methods obtuse,unseen --steps 50 --precision float32",
+    "--dataset cifar10 --forget 9,8 --likelihood-samples 3",
+    "--dataset stl10 --samples 7 --lr 0.01 --batch-size 3 --unlearn-steps 9 --seed 4",
+    "--dataset celeba --device cuda --sampler em --alpha 0.5 --recipe paper --compile"])
+def test_what_the_command_would_fill_in(argv, fast, monkeypatch):
+    """Without any data: the same as resolve with data of the same name and size."""
+    names = "0 1 2 3 4 5 6 7 automobile dog airplane Bangs".split()
+    opt = sgu.parse_options(argv.split())
+    channels, side = dict(glyphs=(1, 28), mnist=(1, 28), cifar10=(3, 32)).get(opt.dataset, (3, 64))
+    images = torch.zeros(24, channels, side, side, dtype=torch.uint8)
+    labels = torch.arange(24) % 12
+    data = dict(name=opt.dataset, classes=names, train=images, train_labels=labels, test=images,
+                test_labels=labels)
+    machine = "a machine" + ", bfloat16" * fast
+    monkeypatch.setattr(sgu, "load_data", lambda name, root: data)
+    monkeypatch.setattr(sgu, "describe", lambda device: machine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: opt.device == "cuda")
+    config = json.loads(json.dumps(vars(sgu.resolve(opt)[0])))
+    results = dict(data=opt.dataset, config=config, device=machine)
+    want = json.loads(json.dumps(stale.of_command(results, argv.split())))
+    methods = want.pop("methods")
+    assert stale.differences(want, results) == []
+    assert set(want["config"]) >= set(config) - {"out", "data_root", "fresh", "checksum", "forget"}
+    assert list(methods) == config["methods"].split(",")
+
+def test_a_finished_run_is_fresh(finished, small, monkeypatch):
+    """Until a preset, a method, or what it says of itself changes."""
+    monkeypatch.setitem(stale.IMAGES, "shapes", (1, 8))
+    results = results_of(finished[0])
+    assert stale.why_stale(results) == ""
+    method, presets = sgu.METHODS["obtuse"], tiny_presets
+    for words, change in (
+            ("methods obtuse recipe alpha is 0.85, today 0.5", dict(alpha=0.5)),
+            ("methods obtuse recipe lr is 0.01, today 0.02", dict(pace=1.0)),
+            ("methods obtuse recipe window is [0.0, 6.0], today [0.0, 7.0]",
+             dict(window=(0.0, 7.0)))):
+        with monkeypatch.context() as patch:
+            patch.setitem(sgu.METHODS, "obtuse", method._replace(**change))
+            assert stale.why_stale(results) == words
+    for words, change in (
+            ("config judge_steps is 8, today 9", dict(judge_steps=9)),
+            ("config network channels is [8, 16], today [8, 32]", dict(channels=(8, 32))),
+            ("config noise_law is", dict(noise_law=(0.0, 2.0, 4)))):
+        with monkeypatch.context() as patch:
+            patch.setattr(sgu, "PRESETS", tiny_presets(**change))
+            assert stale.why_stale(results).startswith(words)
+    for words, change in (
+            ("config precision is bfloat16, today float32", dict(precision="bfloat16")),
+            ("config steps is 9, today 8", dict(steps=9)),
+            ("config seed is not recorded", dict(seed="unknown")),
+            ("config methods is standard, today standard,obtuse", dict(methods="standard"))):
+        other = copy.deepcopy(results)
+        other["config"].update(change)
+        assert stale.why_stale(other) == words
+    for words, change in (("a results file of old", dict(methods={})),
+                          ("methods obtuse is not recorded", dict(methods=dict(standard={})))):
+        assert "not recorded" in stale.why_stale(results | change), words
+    command = results["command"]
+    for words, change in (("UsageError: ", command + " --weighting paper"), ("StopIteration", ""),
+                          ("images of other is not known", command.replace("shapes", "other"))):
+        assert words in stale.why_stale(results | dict(command=change))
+
+def test_shares_and_paces_are_of_the_preset(monkeypatch):
+    """Nothing stated: 9% of 1000 steps at half the rate on the way from Standard; all of them from
+    nothing; 600 on a machine without bfloat16."""
+    row = dict(channels=(8, 16), blocks=1, patch=2, data_std=1.0, noise_law=(0.2, 1.1, 8),
+               sampler="ode", steps=1000, lr=0.01)
+    row = tuple(row.get(column, 5) for column in sgu.COLUMNS)
+    monkeypatch.setattr(sgu, "PRESETS", {(28, "cpu"): row})
+    monkeypatch.setitem(sgu.METHODS, "obtuse", sgu.Method(
+        "mine", sgu.obtuse_loss, 0.7, share=0.09, pace=0.5, window=(0.1, 2.0)))
+    def recipe(machine, *words):
+        made = dict(config=dict(device="cpu"), device=machine)
+        argv = ["--dataset", "mnist", "--methods", "obtuse", *words]
+        return stale.of_command(made, argv)["methods"]["obtuse"]["recipe"]
+    usual = dict(alpha=0.7, steps=90, lr=0.005, window=(0.1, 2.0))
+    assert recipe("x, bfloat16") == usual and recipe("x") == usual | dict(steps=54)
+    assert recipe("bfloat16", "--training", "retrain") == usual | dict(steps=1000, lr=0.01)
+    assert recipe("bfloat16", "--recipe", "paper")["window"] == sgu.EVERY_SIGMA
+    assert recipe("bfloat16", "--alpha", "0.3", "--unlearn-steps", "7") == usual | dict(
+        alpha=0.3, steps=7)
+
+@pytest.mark.parametrize("name", ["toy", "mnist", "seeds", "samplers"])
+def test_a_comparison_is_fresh(name, monkeypatch, tmp_path):
+    """The real layout of rivals.py's results, with trials that cost nothing."""
+    shipped = make.read_results("mnist-3,7")["methods"]
+    def entry(method, how):
+        opt = sgu.Options(training=how.get("training", "finetune"))
+        recipe = stale.recipe_of(method, opt, 1200, 4e-3)
+        if "pretrained" in how and method == "standard":       # then it is the shipped network
+            recipe = shipped[pathlib.Path(how["pretrained"]).stem.removeprefix("mnist_")]["recipe"]
+        return dict(unlearning_ratio=dict(total=0.5, n=10), frechet_all=1.0, energy_all=1.0,
+                    recipe=recipe)
+    def trials(trial, jobs, out):
+        return {key: dict(judge={}, methods={m: entry(m, how) for m in (
+            how.get("methods") or how["method"]).split(",")}) for key, how in jobs.items()}
+    monkeypatch.setattr(rivals, "attempt_all", trials)
+    monkeypatch.setattr(rivals, "halves", lambda opt: [{}, {}])
+    monkeypatch.setattr(rivals, "toy_job", lambda opt, method, *how: dict(method=method))
+    opt = types.SimpleNamespace(out=tmp_path, quick=False, seeds=[0, 1, 2])
+    made = json.loads(json.dumps(rivals.EXPERIMENTS[name][0](opt)))
+    made.update(command=f"python notebooks/rivals.py {name}", device="a CPU")
+    assert stale.why_stale(made) == ""
+    changes = dict(toy=("SIZE", dict(rivals.SIZE, toy=dict(rivals.SIZE["toy"], steps=499))),
+                   mnist=("SETTINGS", dict(rivals.SETTINGS, mnist=dict(
+                       rivals.SETTINGS["mnist"], fisher=((0.1, 0.5, (0, 6)),) * 3))),
+                   seeds=("SEEDS", dict(rivals.SEEDS, samples=1)), samplers=("WALKS", [("em", 7)]))
+    words = dict(toy="config steps is 500, today 499", mnist="tuning fisher 0 alpha is 0.95, today",
+                 seeds="config samples is 500, today 1", samplers="config samplers is [['em', 15]")
+    with monkeypatch.context() as patch:
+        patch.setattr(rivals, *changes[name])
+        assert stale.why_stale(made).startswith(words[name])
+    longer = sgu.METHODS["relative"]._replace(share=0.5)
+    with monkeypatch.context() as patch:
+        patch.setitem(sgu.METHODS, "relative", longer)
+        assert ("recipe steps is 180, today 600" in stale.why_stale(made)) == (name == "seeds")
+    other = dict(shipped, unseen=dict(recipe=dict(shipped["unseen"]["recipe"], steps=7)))
+    monkeypatch.setattr(stale, "read_results", lambda name: dict(methods=other))
+    assert (f"steps is {shipped['unseen']['recipe']['steps']}, today 7" in stale.why_stale(made)
+            ) == (name in ("mnist", "samplers"))
+
+def test_the_toy_is_fresh(monkeypatch):
+    made = make.read_results("toy")
+    assert stale.why_stale(made) == ""
+    monkeypatch.setitem(toy_gmm.METHODS, "obtuse", toy_gmm.METHODS["obtuse"]._replace(alpha=0.3))
+    assert stale.why_stale(made) == "methods obtuse alpha is 0.8, today 0.3"
+
+def test_what_a_notebook_wrote_bears_its_code(folder, monkeypatch):
+    """And is stale when the code changes, but not when the text or an output does."""
+    path = folder / "08_x.ipynb"
+    def write(code, text="", output=""):
+        cells = [dict(cell_type="markdown", source=[text]),
+                 dict(cell_type="code", source=["a\n", code], outputs=[output])]
+        path.write_text(json.dumps(dict(cells=cells)), encoding="utf-8")
+    write("b")
+    found = dict(command="notebooks/08_x.ipynb")
+    write_results(folder, "new", found)
+    write_results(folder, "x-mnist", found)
+    write_results(folder, "old", found)
+    os.utime(folder / "results/old.json", (1000, 1000))
+    assert stale.why_stale(found) == "it does not say which code made it"
+    stale.sign(path, 2000)
+    new, old = make.read_results("new"), make.read_results("old")
+    assert set(new) == {"command", "code"} and old == found
+    assert make.read_results("a,b.c") == FOUND, "another file than the notebook's was signed"
+    assert stale.why_stale(new) == ""
+    write("b", "text", "output")
+    assert stale.why_stale(new) == ""
+    monkeypatch.setattr(sgu, "PRESETS", {})
+    assert stale.why_stale(new) == ""
+    write("c")
+    changed = "notebooks/08_x.ipynb has changed since, or what it uses"
+    assert stale.why_stale(new) == changed
+    write("preset")
+    with_presets = dict(found, code=stale.fingerprint(path, ""))
+    monkeypatch.setattr(sgu, "PRESETS", {1: 2})
+    assert stale.why_stale(with_presets) == changed
+    write("b")
+    of_networks = make.read_results("x-mnist")
+    assert stale.why_stale(new) == stale.why_stale(of_networks, "x-mnist") == ""
+    (folder / "results/mnist_x.pt").write_bytes(b"another")
+    assert stale.why_stale(new) == "" and stale.why_stale(of_networks, "x-mnist") == changed
+
+@pytest.mark.parametrize("text, quoted", [
+    ("see `results/a,b.json`", True), ("<!-- results: a,b --><!-- end -->", True),
+    ("<!-- rows: inpaint x a,b y --><!-- end -->", True), ("![](<results/a,b-inpaint.png>)", True),
+    ("<!-- number: a,b key.key .1f --><!-- end -->", True), ("![](results/a,b.png)", True),
+    ("a,b-ddpm.json, c-a,b.json, x.a,b.json", False), ("a,b is a name, a,b.jsonl too", False),
+    ("<!-- results: a,b-ddpm --><!-- end --> a,b", False), ("a,b-ddpm-inpaint.png", False)])
+def test_stale_says_where_it_is_quoted(folder, monkeypatch, capsys, text, quoted):
+    """A line for every stale file; exit code 1 if a page names it."""
+    page = folder / "README.md"
+    monkeypatch.setattr(stale, "PAGES", [page])
+    page.write_text(f"# A page\n{text}\n", encoding="utf-8")
+    (folder / "results/a,b.c.json").unlink()
+    write_results(folder, "a,b", dict(command="python sgu.py --no-such-option"))
+    with pytest.raises(SystemExit) as stop:
+        make.main(["stale"])
+    said = capsys.readouterr().out
+    assert said.startswith("a,b.json: today's code cannot read how it was made (UsageError: ")
+    assert (stop.value.code == 1) == ("[quoted in notebooks/README.md]" in said) == quoted
 
 # ==== Exercises ===================================================================================
 
