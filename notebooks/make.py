@@ -6,12 +6,11 @@
                                             code 1 if one of those pages quotes such a file
     python notebooks/make.py ship FOLDER    a finished run on MNIST -> what is quoted and shipped:
                                             results/mnist-3,7.json, mnist_*.pt, before_after.png
-    python notebooks/make.py run            execute every notebook, fail on the first error
+    python notebooks/make.py run            execute every notebook, fail on the first error; with
+                                            SGU_QUICK=1 in the environment at tiny sizes
     python notebooks/make.py run --save     the same, and keep the outputs; run 02 05: only these
     python notebooks/make.py exercises      exercises/src/*.py -> *.ipynb and *_solution.ipynb
     python notebooks/make.py grade-all      solutions get full points, what students get none
-
-SGU_QUICK=1 in the environment: notebooks at tiny sizes, to see that everything runs.
 
 fill writes between such a comment and the <!-- end --> that must follow it:
 
@@ -130,7 +129,8 @@ def results_table(results, table=None, tasks=tuple(TASKS)):
     """A results file -> Markdown: its own table where it brings one, else a row per figure, a
     column per method, and under ours the paper's where it has the same."""
     if "markdown" in results:
-        return results["markdown"].strip()
+        table, made = results["markdown"].strip(), results["command"]
+        return table if made in table else f"{table}\n\n`{made}`; {results['device']}."
     columns, rows = columns_of(results, tasks), []
     for title in dict.fromkeys(title for cells in columns.values() for title in cells):
         rows += rows_of(title, columns, paper_of(results, table), title)
@@ -178,8 +178,8 @@ def words_of(results, sections):
     for task in [task for task in TASKS if task in sections and task in one]:
         n = " and ".join(str(part["n"]) for part in one[task].values())
         clean = " and ".join(f"{part['clean']:.1%}" for part in one[task].values())
-        words.append(f"{task}: {n} test images of D_g and D_f, of which the judge names {clean} "
-                     "rightly when untouched.")
+        words.append(f"{task.title()}: {n} test images of D_g and D_f, of which the judge names "
+                     f"{clean} rightly when untouched; distances of its features before and after.")
     return " ".join([*words, results.get("remark", "")]).strip()        # a remark is ours, by hand
 
 

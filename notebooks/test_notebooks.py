@@ -319,7 +319,7 @@ def test_pages_agree_with_the_results_files(page):
     assert not problems
 
 FOUND = {"all": {"k.1": [0.25, {"y z": 90}], "k": {"1": "the shorter key"}, "a,b": 5000},
-         "command": "python x.py", "markdown": "| a table |\n\nof its own"}
+         "command": "python x.py", "device": "a CPU", "markdown": "| a table |\n\nof its own"}
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -340,7 +340,7 @@ def write_results(folder, name, content):
     ("number: a,b.c all.k.1.0 .1%", "25.0%"), ("number: a,b.c all.k.1.0 +.2f", "+0.25"),
     ("number: a,b.c all.k.1.1.y z min", "1.5 min"), ("number: a,b.c all.a,b ,", "5,000"),
     ("number:\na,b.c\nall.k.1.1.y\nz d", "90"), ("number: paper 2.mnist,ve.total.0 .1f", "26.8"),
-    ("results: a,b.c", "\n| a table |\n\nof its own\n")])
+    ("results: a,b.c", "\n| a table |\n\nof its own\n\n`python x.py`; a CPU.\n")])
 def test_fill(folder, comment, wanted):
     """A page, twice: what is filled is filled anew, and nothing else changes."""
     text = f"# A <!-- {comment} -->{{}}<!-- end -->.\n\n<!-- ci: start -->\n" * 2
@@ -351,7 +351,7 @@ def test_fill(folder, comment, wanted):
 @pytest.mark.parametrize("text, words", [
     ("<!-- number: a,b.c all.k.2 .1f --><!-- end -->", "no 2 among 1"),
     ("<!-- number: a,b.c all.k.1.2 .1f --><!-- end -->", "no 2 among 0, 1"),
-    ("<!-- number: a,b.c every.k .1f --><!-- end -->", "no every.k among all, command, markdown"),
+    ("<!-- number: a,b.c every.k .1f --><!-- end -->", "no every.k among all, command, device,"),
     ("<!-- number: a,b.c all .1f --><!-- end -->", "all .1f -->: TypeError"),
     ("<!-- number: a,b.c command .1f --><!-- end -->", "ValueError"),
     ("<!-- number: nothing all .1f --><!-- end -->", "nothing.json"),
@@ -430,8 +430,8 @@ def test_rows_of_several_results_files(folder):
         "| CIFAR-10, VP, re-trained, D_f |  |  |  | 25.0 [15.0, 35.0] |  |",
         "| STL-10, VP, D_g, the paper's | 83.4 | 83.6 | 83.1 | 84.5 |  |",
         "| STL-10, VP, D_f, the paper's | 84.1 | 59.5 | 50.3 | 54.9 |  |"]
-    for words in ("CIFAR-10, VP: `python sgu.py`; a CPU; seed 3. inpaint: 50 and 50 test images of "
-                  "D_g and D_f, of which the judge names 90.0% and 80.0% rightly when untouched.",
+    for words in ("CIFAR-10, VP: `python sgu.py`; a CPU; seed 3. Inpaint: 50 and 50 test images of "
+                  "D_g and D_f, of which the judge names 90.0% and 80.0% rightly when untouched;",
                   "The paper's: Table 3. In Tables 3 and 4"):
         assert words in got
     assert "CLIP, zero-shot" not in got and "NLL" not in got
