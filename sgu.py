@@ -535,8 +535,8 @@ def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
 # - The noise law. Of a uniform t few fall where images take shape: sigma around 1 for digits, 0.3
 #   for photographs. So log sigma ~ N(centre, spread^2); every k-th draw is uniform in log sigma.
 # - The weights: balanced_weight of section 3 on both losses, where the paper has its lambda(t).
-# - The window: forgetting draws sigma below 6 or so. Above, noise hides the class, p_f and p_g
-#   coincide, and forgetting only fights keeping.
+# - The window: forgetting draws sigma from 0.2 to 6. Above, noise hides the class, p_f and p_g
+#   coincide, and forgetting only fights keeping; below, the class is settled already.
 # - The optimiser: Muon for the inner convolutions, Adam for all other weights.
 # - The precision: bfloat16 where the processor multiplies it faster.
 DIGIT_NOISE, PHOTO_NOISE = (0.2, 1.1, 8), (-1.2, 1.2, 32)         # (centre, spread, k)
@@ -980,9 +980,8 @@ def with_reference(score, arguments):
 METHODS = dict(
     standard=Method("Standard", keep="D", start="scratch"),
     unseen=Method("Unseen", start="scratch"),
-    orthogonal=Method("SGU-Orthogonal", orthogonal_loss, 0.8, share=0.09, pace=0.5,
-                      window=(0.0, 6.0)),
-    obtuse=Method("SGU-Obtuse", obtuse_loss, 0.85, share=0.09, pace=0.5, window=(0.0, 6.0)),
+    orthogonal=Method("SGU-Orthogonal", orthogonal_loss, 0.95, window=(0.2, 6.0)),
+    obtuse=Method("SGU-Obtuse", obtuse_loss, 0.95, window=(0.2, 6.0)),
     relative=Method("SGU-Relative", relative_loss, 0.55, start="standard", power=1.0,
                     window=(0.2, 3.0), prepare=with_reference),   # where digits take shape
     finetune=Method("fine-tuning", start="standard"))
@@ -1041,7 +1040,7 @@ def parse_options(argv=None):
     add("sde", tuple(SCHEDULES), "ve, vp or ddpm (default: ve for digits, else vp)")
     add("alpha", within(float, 0, 1), "of Eq. 11 (default: the method's)")
     add("steps", count, "of Standard and Unseen (default, as below: see PRESETS)")
-    add("unlearn-steps", count, "on from Standard (default: 9 or 15% of --steps)")
+    add("unlearn-steps", count, "on from Standard (default: 15% of --steps)")
     add("batch-size", count, "images per step")
     add("lr", within(float, 1e-9, 10), "peak learning rate")
     add("sampler", tuple(SAMPLERS), ", ".join(SAMPLERS))

@@ -1143,7 +1143,7 @@ def test_where_each_method_starts(recorded, paper):
 
 @pytest.mark.parametrize("method, alpha, steps, lr, window, power", [
     ("standard", None, 8, 0.02, None, None), ("unseen", None, 8, 0.02, None, None),
-    ("orthogonal", 0.8, 4, 0.01, (0., 6.), 0.5), ("obtuse", 0.85, 4, 0.01, (0., 6.), 0.5),
+    ("orthogonal", 0.95, 4, 0.02, (0.2, 6.), 0.5), ("obtuse", 0.95, 4, 0.02, (0.2, 6.), 0.5),
     ("relative", 0.55, 4, 0.02, (0.2, 3.), 1.), ("finetune", None, 4, 0.02, None, None)])
 def test_recipe_of_each_method(recorded, method, alpha, steps, lr, window, power):
     """Alpha, rate, window and the power of the forget weight as they were found by trying."""
@@ -1158,6 +1158,21 @@ def test_recipe_of_each_method(recorded, method, alpha, steps, lr, window, power
         expect(weights[1](t), (1 + (sigma / std) ** 2) ** power, "forget weight", 1e-4)
     said = recorded.results["methods"][method]["recipe"]
     assert (said["alpha"], said["steps"], said["lr"]) == (alpha, steps, lr)
+
+def test_share_and_pace(finished, tmp_path, small, monkeypatch):
+    """Of Standard's steps, unless --unlearn-steps says otherwise, and of its learning rate."""
+    standard, argv, configs = finished[0] / "standard.pt", list(map(str, finished[1])), []
+    at = argv.index("--unlearn-steps")
+    del argv[at:at + 2]
+    opt, data = sgu.resolve(sgu.parse_options([*argv, "--out", str(tmp_path), "--pretrained",
+                                               str(standard)]))
+    monkeypatch.setattr(sgu, "stage", lambda *_, **how: configs.append(how) or (standard, None))
+    brief = sgu.Method("brief", start="standard", share=0.3, pace=0.25)
+    monkeypatch.setitem(sgu.METHODS, "brief", brief)
+    for opt.unlearn_steps in (None, 5):
+        sgu.get_model("brief", opt, data)
+    assert [how["steps"] for how in configs] == [round(0.3 * opt.steps), 5]
+    assert [how["lr"] for how in configs] == [0.25 * opt.lr] * 2
 
 def test_recipe_of_the_paper(paper):
     """t uniform, lambda(t) on both losses, every sigma; --alpha is for methods that forget."""
