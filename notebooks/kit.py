@@ -1,6 +1,6 @@
-"""What several notebooks share: pictures, tables of committed results, the digit models. Nothing of
-the method: that is sgu.py."""
-import functools, inspect, json, os, pathlib, textwrap, types
+"""What several notebooks share: pictures, committed results as figures and tables, the MNIST models,
+code in the text. Nothing of the method: that is sgu.py."""
+import ast, functools, importlib, inspect, json, math, os, pathlib, re, textwrap, types
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,13 +8,15 @@ import torch
 from IPython.display import Markdown, display
 
 import sgu
-from make import PAPER, interval, results_table
+from make import PAPER, interval
 from style import COLOUR, FORGET, MARKER, TITLE, frame
 
 RESULTS, DATA = pathlib.Path("results"), pathlib.Path(os.environ.get("SGU_DATA_ROOT", "../data"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ORDER = tuple(PAPER["columns"])                                   # as in the paper's tables
-ALL = (*ORDER[:3], "relative", "unseen")                          # with ours
+ORDER = tuple(PAPER["columns"])                                   # what the paper has
+ALL = (*ORDER[:3], "relative", "unseen")                          # with ours: the shipped networks
+SHOWN = (*ALL, "finetune")                                        # the order of methods everywhere
+NAMES = dict(mnist="MNIST", cifar10="CIFAR-10", stl10="STL-10", celeba="CelebA", glyphs="glyphs")
 
 
 def say(text):
@@ -22,26 +24,48 @@ def say(text):
     display(Markdown(text))
 
 
-def source(*functions):
-    """Show functions as they stand in the file; lines are wrapped at 100 columns."""
-    lines = "\n\n".join(inspect.getsource(f).rstrip() for f in functions).splitlines()
-    say("```python\n" + "\n".join(wrapped(line) for line in lines) + "\n```")
-
-
-def wrapped(line, width=100):
-    """A line of code in pieces of at most width columns, the later ones further in."""
-    inner = " " * (len(line) - len(line.lstrip()) + 8)
-    parts = textwrap.wrap(line, width, subsequent_indent=inner, break_long_words=False,
-                          break_on_hyphens=False)
-    return "\n".join(parts)
+def table(head, rows):
+    """Show a table: the titles of its columns, and rows of cells, the first of them words."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    say("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
 
 
 def read(path):
-    """The content of a results file."""
+    """The content of a results file: a path, or its name without .json."""
+    path = RESULTS / f"{path}.json" if isinstance(path, str) and "/" not in path else path
     return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
 
 
-def show(rows, titles, framed=None, columns=None, size=0.62):
+# ==== 1. Code in the text of a notebook ===========================================================
+
+def code(names):
+    """The source of 'module.name module.name' as one block of Markdown, without docstrings: the
+    text around it says what they say."""
+    parts = []
+    for word in names.split():
+        module, name = word.split(".", 1)
+        thing = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        lines = textwrap.dedent(inspect.getsource(thing)).rstrip().splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            first = node.body[0] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                lines[first.lineno - 1:first.end_lineno] = [None] * (
+                    first.end_lineno - first.lineno + 1)
+        parts.append("\n".join(line for line in lines if line is not None))
+    return "```python\n" + "\n\n".join(parts) + "\n```"
+
+
+def with_code(text):
+    """The text of a Markdown cell, every block below a comment <!-- code: module.name ... -->
+    written anew: make.py can call it, and a test compare."""
+    def fresh(match):
+        return f"{match[1]}\n{code(match[2])}"
+    return re.sub(r"(<!-- code: ([\w. ]+) -->)\n```python\n.*?\n```", fresh, text, flags=re.S)
+
+
+# ==== 2. Pictures =================================================================================
+
+def show(rows, titles, framed=None, columns=None, size=0.58):
     """rows: lists of images (C, H, W) uint8, one title each; framed[r][c]: an image to forget gets
     a frame; columns: text above."""
     n = max(map(len, rows))
@@ -61,10 +85,31 @@ def show(rows, titles, framed=None, columns=None, size=0.62):
     plt.show()
 
 
-def percent(k, n):
-    """k of n in per cent with its 95% interval, for a table."""
-    lo, hi = sgu.wilson(k, n)
-    return f"{100 * k / n:.1f} [{100 * lo:.1f}, {100 * hi:.1f}]"
+def legend(fig, methods, more=(), columns=8):
+    """One legend below a figure of constrained layout: the methods, and more: (label, look)."""
+    looks = [(TITLE[m], dict(marker=MARKER[m], color=COLOUR[m])) for m in methods] + list(more)
+    handles = [plt.Line2D([], [], **dict(dict(ls="", ms=5), **look), label=label)
+               for label, look in looks]
+    fig.legend(handles=handles, loc="outside lower center", ncol=columns, fontsize=7.5,
+               columnspacing=1.2, handletextpad=0.3)
+
+
+OPEN = [("open: the paper", dict(marker="o", color="0.4", mfc="none")),
+        ("full: ours, 95%", dict(marker="o", color="0.4"))]
+
+
+def dodge(methods):
+    """Where the methods of one tick stand: {method: shift}."""
+    return {m: 0.13 * (j - (len(methods) - 1) / 2) for j, m in enumerate(methods)}
+
+
+def point(ax, x, value, method, ends=None):
+    """One measured share in per cent with its interval, or, without ends, the paper's, open."""
+    if ends is None:
+        ax.plot(x, value, MARKER[method], mfc="none", mec=COLOUR[method], ms=5.5)
+    else:
+        bars = [[max(0, value - ends[0])], [max(0, ends[1] - value)]]
+        ax.errorbar(x, value, bars, fmt=MARKER[method], color=COLOUR[method], ms=5, lw=0.9)
 
 
 def without_repeats(paper):
@@ -73,135 +118,110 @@ def without_repeats(paper):
     return {k: row for k, row in paper.items() if k != "total" or len(classes) > 1}
 
 
-def task_table(task, table, found):
-    """One table of a task (inpaint or reconstruct) over all data sets: the paper's rows (table 3 or
-    4) and ours, found: {path: content}. Below it the strips of every run, as links."""
-    names = [*ORDER[:3], "relative", ORDER[3]]
-    lines = ["| accuracy, % [95%]; distance | " + " | ".join(TITLE[m] for m in names) + " |",
-             "|---|" + "---:|" * len(names)]
-    for data, rows in PAPER[table].items():
-        for key in ("D_g", "D_f"):
-            cells = dict(zip(ORDER, map(str, rows[key])))
-            for m, distance in zip(ORDER, rows.get(f"distance {key}", ())):
-                cells[m] += f"; {distance:.2f}"
-            lines.append(f"| the paper: {data}, {key} | "
-                         + " | ".join(cells.get(m, "") for m in names) + " |")
-    for path, results in found.items():
-        for key in ("D_g", "D_f"):
-            cells = []
-            for m in names:
-                entry = results["methods"].get(m, {}).get(task, {}).get(key)
-                cells.append("" if entry is None else interval(entry["accuracy"], entry["ci95"])
-                             + f"; {entry['distance']:.2f}")
-            lines.append(f"| {path.stem}, {key} | " + " | ".join(cells) + " |")
-    say("\n".join(lines) + "\n\nDistance: of the features of the restored image from those of the "
-        "original, in CLIP (the paper) or in our judge of that run. Images restored: " + ", ".join(
-            f"[{path.stem}](<{path.with_name(path.stem + f'-{task}.png')}>)" for path in found
-            if path.with_name(path.stem + f"-{task}.png").exists()) + ".")
-
-
-def paper_rows(paper):
-    """The paper's numbers alone, as a table."""
-    lines = ["| the paper | " + " | ".join(TITLE[m] for m in ORDER) + " |", "|---|" + "---:|" * 4]
-    for key, row in without_repeats(paper).items():
-        digits = 2 if key in ("D_g", "D_f") or "distance" in key else 1
-        row = row if isinstance(row, list) else [row]
-        lines.append(f"| {key} | " + " | ".join(f"{v:.{digits}f}" for v in row) + " |")
-    say("\n".join(lines))
-
-
 def beside(results, paper, title):
-    """Ours (filled, 95% interval or standard error) beside the paper's numbers (open). results: of
-    sgu.run, or None."""
+    """Ours (full, with 95% intervals, for the NLL two standard errors) beside the paper's numbers
+    (open). results: of sgu.run, or None; paper: rows of PAPER."""
     paper, bits = without_repeats(paper), ("D_g", "D_f")
     groups = [("unlearning ratio, %", [k for k in paper if k not in bits]),
               ("NLL, bits/dim", [k for k in paper if k in bits])]
-    groups = [group for group in groups if group[1]]
-    methods = results["methods"] if results else {}
-    shown = (*ORDER, "relative") if "relative" in methods else ORDER
-    fig, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups), 2.8), squeeze=False)
+    groups, methods = [group for group in groups if group[1]], results["methods"] if results else {}
+    shown = [m for m in SHOWN if m in methods or m in ORDER]
+    at = dodge(shown)
+    fig, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups), 2.9), squeeze=False,
+                             layout="constrained")
     for ax, (label, keys) in zip(axes[0], groups):
-        for i, j in [(i, j) for i in range(len(keys)) for j in range(len(shown))]:
-            key, m, x = keys[i], shown[j], i + 0.17 * (j - 1.5)
-            if m in ORDER:
-                ax.plot(x - 0.03, paper[key][j], MARKER[m], mfc="none", mec=COLOUR[m], ms=6)
-            look = dict(fmt=MARKER[m], color=COLOUR[m], ms=5, lw=1)
-            ratio = methods.get(m, {}).get("unlearning_ratio", {})
-            nll = methods.get(m, {}).get("nll_bits_per_dim", {})
-            if key in bits and key in nll:
-                ax.errorbar(x + 0.03, nll[key], nll["se"][key] or 0, **look)
-            elif key in ratio:
-                value, n = ratio[key], ratio["n"]
-                lo, hi = sgu.wilson(round(value * n), n)
-                ends = [[max(0, 100 * (value - lo))], [max(0, 100 * (hi - value))]]
-                ax.errorbar(x + 0.03, 100 * value, ends, **look)
-        ax.set_xticks(range(len(keys)), labels=keys)
+        for i, key in enumerate(keys):
+            for m, value in zip(ORDER, paper[key]):
+                point(ax, i + at[m] - 0.03, value, m)
+            for m in methods:
+                ratio, nll = (methods[m].get(k, {}) for k in ("unlearning_ratio",
+                                                              "nll_bits_per_dim"))
+                if key in nll:
+                    error = 2 * (nll["se"][key] or 0)
+                    point(ax, i + at[m] + 0.03, nll[key], m, (nll[key] - error, nll[key] + error))
+                elif key in ratio:
+                    ends = sgu.wilson(round(ratio[key] * ratio["n"]), ratio["n"])
+                    point(ax, i + at[m] + 0.03, 100 * ratio[key], m, [100 * v for v in ends])
+        names = dict(D_g="D_g, to keep", D_f="D_f, to forget", total="in all")
+        ax.set_xticks(range(len(keys)), labels=[names.get(key, key) for key in keys])
         ax.set_title(label)
         ax.grid(axis="y")
         if label.startswith("unl"):
             ax.set_ylim(bottom=-0.5)                              # a ratio of nothing is at nothing
-    for m in shown:
-        axes[0][0].plot([], [], MARKER[m], color=COLOUR[m], label=TITLE[m])
-    axes[0][0].plot([], [], "o", mfc="none", mec="0.4", label="open: the paper")
-    fig.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7.5)
     if len(groups) > 1 and max(paper["D_f"]) > 3 * min(paper["D_g"]):
-        axes[0][1].set_yscale("log")
-        axes[0][1].set_yticks((2, 3, 5, 10, 15), labels=("2", "3", "5", "10", "15"))
-        axes[0][1].minorticks_off()
+        ax, ticks = axes[0][1], (2, 3, 5, 10, 15, 25, 50, 100)
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        ax.set_yticks([v for v in ticks if low <= v <= high], minor=False)
+        ax.set_yticklabels([f"{v}" for v in ticks if low <= v <= high])
+        ax.minorticks_off()
     title += "" if results else ": the paper's row; no row of ours is committed"
     fig.suptitle(title, x=0.02, ha="left", fontsize=10)
-    fig.tight_layout()
+    legend(fig, shown, OPEN, 4)
     plt.show()
 
 
-def measured(path, table=None, title="Measured"):
-    """Show a results file: its table beside the paper's (2 or 5), without the tasks of notebooks 05
-    and 06, and the run's picture of samples where it is committed. Returns its content."""
-    results = read(path)
-    say(f"**{title}** (`notebooks/results/{path.name}`):\n\n" + results_table(results, table, ()))
-    picture, what = path.with_suffix(".png"), "Samples; framed: what the judge calls forgotten"
-    if picture.exists():
-        say(f"![{what}](<{picture}>)\n\n*{what}.*")              # a link: it is stored once
-    return results
+def task_figure(task, table, columns=4):
+    """The accuracy that is left after inpaint or reconstruct, on images to keep and to forget: a
+    panel for every row of the paper's table (3 or 4) and one for every results file of ours."""
+    panels = []                                                   # title, {(method, set): share}
+    for data, rows in PAPER[table].items():
+        shares = {(m, key): (value, None) for key in ("D_g", "D_f")
+                  for m, value in zip(ORDER, rows[key])}
+        panels.append((f"the paper:\n{NAMES[data.split(',')[0]]}", shares))
+    for path, results in results_with(task).items():
+        found = {m: e[task] for m, e in results["methods"].items() if task in e}
+        shares = {(m, key): (100 * e[key]["accuracy"], [100 * v for v in e[key]["ci95"]])
+                  for m, e in found.items() for key in ("D_g", "D_f")}
+        data, _, rest = path.stem.partition("-")
+        n = next(iter(found.values()))["D_f"]["n"]
+        panels.append((f"{NAMES.get(data, data)}, n = {n}:\n{rest}", shares))
+    shown = [m for m in SHOWN if any((m, "D_f") in shares for _, shares in panels)]
+    height, at = math.ceil(len(panels) / columns), dodge(shown)
+    fig, axes = plt.subplots(height, columns, figsize=(9.4, 0.5 + 2.1 * height), sharey=True,
+                             squeeze=False, layout="constrained")
+    for ax in axes.flat[len(panels):]:
+        ax.set_visible(False)
+    for ax, (title, shares) in zip(axes.flat, panels):
+        for (m, key), (value, ends) in shares.items():
+            point(ax, (key == "D_f") + at[m], value, m, ends)
+        ax.set_xticks([0, 1], labels=["D_g", "D_f"])
+        ax.set(xlim=(-0.5, 1.5), ylim=(-3, 103))
+        ax.set_title(title, fontsize=8)
+        ax.grid(axis="y")
+        ax.axvline(0.5, color="0.85", lw=0.7)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accuracy, %")
+    legend(fig, shown, OPEN)
+    plt.show()
+
+
+# ==== 3. Committed results ========================================================================
+
+def percent(k, n):
+    """k of n in per cent with its 95% interval, for a table."""
+    return interval(k / n, sgu.wilson(k, n))
 
 
 def results_with(task):
     """The committed results files in which a method did the task: path -> its content."""
     found = {path: read(path) for path in sorted(RESULTS.glob("*.json"))}
-    return {path: r for path, r in found.items()
-            if any(task in m for m in r.get("methods", {}).values() if isinstance(m, dict))}
+    return {path: r for path, r in found.items() if isinstance(r.get("methods"), dict)
+            and any(task in m for m in r["methods"].values() if isinstance(m, dict))}
 
 
-def committed(dataset, sde, table, title, command):
-    """Show our committed results of this data set and schedule beside the paper's Table 2 or 5, or
-    say that there are none. Returns them or None."""
-    paper = PAPER[str(table)][f"{dataset},{sde}"]
-    files, wanted = [], set(paper) - {"total", "D_g", "D_f"}
-    for path in sorted(RESULTS.glob("*.json"), key=lambda path: (len(path.name), path.name)):
-        config = read(path).get("config", {})
-        same = (pathlib.Path(str(config.get("dataset"))).stem, config.get("sde")) == (dataset, sde)
-        if same and set(str(config.get("forget")).split(",")) == wanted:
-            files.append(path)
-    results = measured(files[0], table) if files else None
-    if files[1:]:
-        say(f"Also there: {', '.join(f'`{f.name}`' for f in files[1:])}.")
-    if not files:
-        say(f"**No result of ours for {title} is committed.** `{command}` makes it. The paper's:")
-        paper_rows(paper)
-    beside(results, paper, title)
-    return results
+# ==== 4. The MNIST networks that come with this repository ========================================
 
-
-def digit_models(methods=ALL):
-    """The committed networks of MNIST, by method, and images: MNIST where it is in DATA, else the
-    2,000 of its test digits that come with this repository, half of them in the place of its
-    training images.
+def digit_models(methods=ALL, shipped=False):
+    """The committed networks of MNIST, by method, and images: MNIST where it is in DATA, else (or
+    with shipped) the 2,000 of its test digits that come with this repository, half of them in the
+    place of its training images.
 
     Returns a namespace: data (of sgu.choose), networks, scores, sde, judge, the test images kept
     and gone with kept_labels and gone_labels, and forgotten(images) -> bool, what the judge calls a
     3 or a 7.
     """
-    if any(DATA.glob("MNIST/raw/t10k-labels*")):
+    if any(DATA.glob("MNIST/raw/t10k-labels*")) and not shipped:
         data, words = sgu.load_data("mnist", DATA), "MNIST"
     else:
         data, words = sgu.load_data(str(RESULTS / "mnist_digits.npz")), "2,000 test digits of MNIST"
@@ -229,9 +249,8 @@ def forgotten(judge, data, images):
     return torch.isin(sgu.opinions(judge, images)[0].argmax(1), torch.tensor(data["forget"]))
 
 
-def coloured(n, side, seed=0):
-    """The embedded glyphs, each in a colour of its own on a dark ground: images (n, 3, side, side)
-    uint8, labels (n,)."""
-    x, y = sgu.draw_glyphs(n, seed, side)
-    colour = 0.35 + 0.65 * torch.rand(n, 3, 1, 1, generator=torch.Generator().manual_seed(seed))
-    return (x * colour + 12).clamp(0, 255).byte(), y
+def verdicts(judge, images, truth):
+    """What a judge says of images (N, C, H, W) uint8 -> two (N,) bool: it names them rightly (None
+    without truth); it says none of these, which is the class after all real ones."""
+    said = sgu.opinions(judge, images)[0].argmax(1)
+    return None if truth is None else said == truth, said == judge.config["classes"] - 1

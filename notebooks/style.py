@@ -1,5 +1,6 @@
 """One look for all notebooks: thin lines, Okabe-Ito colours (safe for colour blindness), a marker
-for every method (safe for black and white). FORGET is the colour of what is to be forgotten."""
+for every method (safe for black and white). Orange, FORGET, is for what is to be forgotten alone: no
+method has it."""
 import os
 
 import matplotlib.pyplot as plt
@@ -21,12 +22,14 @@ METHODS = dict(             # name in results files: (title, colour, marker); th
     erasediff_zero=("EraseDiff, mean 0", "#661100", "x"),
     salun=("SalUn mask, obtuse", "#44AA99", "d"),
     fisher=("NegGrad+, Fisher", "#AA4499", "h"),
+    vdu=("VDU, without D_g", "#117733", "1"),
     elementwise=("Elementwise", "#56B4E9", "<"),
+    wrong_sign=("Obtuse, wrong sign", "#999933", "H"),
 )
 TITLE, COLOUR, MARKER = ({name: look[i] for name, look in METHODS.items()} for i in range(3))
 
 plt.rcParams.update({
-    "figure.dpi": 110, "savefig.dpi": 160, "savefig.bbox": "tight", "font.size": 9,
+    "figure.dpi": 100, "savefig.dpi": 160, "savefig.bbox": "tight", "font.size": 9,
     "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7,
