@@ -18,6 +18,7 @@ fill writes between such a comment and the <!-- end --> that must follow it:
     <!-- rows: SECTION NAME NAME -->     the same rows of several files in one table. SECTION:
                                          ratio, nll, inpaint, reconstruct, inpaint-distance or
                                          reconstruct-distance. NAME cifar10,vp: the paper's rows
+    <!-- seeds: NAME NAME NAME -->       mean ± standard deviation over files of several seeds
     <!-- number: NAME PATH FORMAT -->    PATH: methods.obtuse.unlearning_ratio.ci95.0, say. FORMAT:
                                          of Python, as .1% or .2f, or min for seconds as minutes.
                                          NAME paper: of paper.json
@@ -160,6 +161,32 @@ def rows_table(section, *names):
     return "\n\n".join([markdown(rows, methods), *words, words_of_paper(rows)]).strip()
 
 
+def seeds_table(*names):
+    """Mean ± standard deviation of every method over files that differ in their seed alone."""
+    import numpy as np
+    figures = {"in all, %": ("unlearning_ratio.total", 100, ".1f"),
+               "none of these or unsure, %": ("unsure", 100, ".1f"),
+               "distance of kept samples": ("frechet_kept", 1, ".2f"),
+               **{f"NLL {part}, bits/dim": (f"nll_bits_per_dim.{part}", 1, ".2f")
+                  for part in PARTS}}
+    files, rows = [read_results(name) for name in names], []
+    for key, value in files[0]["config"].items():
+        same = all(file["config"][key] == value for file in files)
+        if key not in ("seed", "out", "data_root") and not same:
+            raise ValueError(f"{', '.join(names)} differ in {key}")
+    for title, (path, unit, form) in figures.items():
+        cells = {}
+        for m in files[0]["methods"]:
+            values = [unit * look_up(file["methods"][m], path) for file in files]
+            cells[m] = f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}"
+        rows.append((title, cells, None))
+    n = next(iter(files[0]["methods"].values()))["unlearning_ratio"]["n"]
+    seeds = ", ".join(str(file["config"]["seed"]) for file in files)
+    return (f"{markdown(rows, files[0]['methods'])}\n\n`{files[0]['command']}`; "
+            f"{files[0]['device']}; mean ± standard deviation over seeds {seeds}, n = {n} samples "
+            "each.")
+
+
 def words_of(results, sections):
     """What the numbers of a table are of."""
     config, judge = results["config"], results["judge"]
@@ -218,8 +245,9 @@ def content_of(kind, words):
         name, *path, form = words
         value = look_up(read_results(name), " ".join(path))
         return f"{value / 60:.1f} min" if form == "min" else format(value, form)
-    table = results_table(read_results(*words)) if kind == "results" else rows_table(*words)
-    return f"\n{table}\n"
+    if kind == "results":
+        return f"\n{results_table(read_results(*words))}\n"
+    return f"\n{dict(rows=rows_table, seeds=seeds_table)[kind](*words)}\n"
 
 
 def filled(text, where, problems):
@@ -232,7 +260,7 @@ def filled(text, where, problems):
             problems.append(f"{where}: {match[1]}: {type(error).__name__} {error}")
             return match[0]
 
-    start = "<!-- (results|rows|number):"
+    start = "<!-- (results|rows|seeds|number):"
     block = rf"({start}([^>]*)-->)(?:(?!{start}).)*?<!-- end -->"
     text, n = re.subn(block, fresh, text, flags=re.S)
     if not n == len(re.findall(start, text)) == text.count("<!-- end -->"):

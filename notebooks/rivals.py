@@ -5,8 +5,7 @@
     python notebooks/rivals.py mnist        every method on MNIST, forget 3 and 7
     python notebooks/rivals.py relearn      how fast do 100 images bring 3 and 7 back?
     python notebooks/rivals.py samplers     the ratio by sampler and number of steps
-    python notebooks/rivals.py seeds        VE and VP, fine-tuned and re-trained, three seeds
-    python notebooks/rivals.py noise        which noise should CIFAR-10 train at?
+    python notebooks/rivals.py recipe       what each part of our training recipe is worth
 
 Run it from the repository's top folder. A comparison writes one file of notebooks/results. Its
 trials are files in --out, so one that was stopped goes on; relearn needs mnist's networks there.
@@ -22,6 +21,7 @@ covariance hardly feel the middle one, it is the energy distance.
 """
 import argparse, concurrent.futures, contextlib, copy, functools, io, json, math, multiprocessing
 import os, pathlib, platform, sys, time
+from unittest import mock
 
 here = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
@@ -171,19 +171,32 @@ def committed(name):
     """A network of notebooks/results by the name of its method; 'judge': that goes with them."""
     return str(here / f"results/mnist_{name}.pt")
 
-def command(folder, dataset, judge, setting=None, law=None, **options):
+def adam(params, lr):
+    return torch.optim.Adam(params, lr, betas=(0.9, 0.99))
+
+# Section 7 of sgu.py with one part taken back: {title: (recipe, optimiser of the inner
+# convolutions, precision, share of the steps)}. float32 gets as many as fit the time of bfloat16.
+CHANGES = {"ours": (sgu.Recipe(), sgu.Muon, "bfloat16", 1.0),
+           "t uniform": (sgu.Recipe(None), sgu.Muon, "bfloat16", 1.0),
+           "the paper's weights": (sgu.Recipe(weighting="paper"), sgu.Muon, "bfloat16", 1.0),
+           "Adam for all weights": (sgu.Recipe(), adam, "bfloat16", 1.0),
+           "float32, same time": (sgu.Recipe(), sgu.Muon, "float32", 0.6)}
+
+def command(folder, dataset, judge, setting=None, change="", **options):
     """What sgu.py finds, given its options. setting: (alpha, share of the learning rate, window in
-    sigma) of the only method; law: the noise law to train at. frechet_all is the distance of all
-    samples, forgotten ones among them, to real images to keep."""
+    sigma) of the only method; change: one of CHANGES. frechet_all is the distance of all samples,
+    forgotten ones among them, to real images to keep."""
+    muon = sgu.Muon
     if setting:
         how = dict(zip(("alpha", "pace", "window"), setting))
         sgu.METHODS[options["methods"]] = sgu.METHODS[options["methods"]]._replace(**how)
-    if law:
-        sgu.RECIPES["law"] = sgu.Recipe(noise_law=tuple(law))
-        options["recipe"] = "law"
+    if change:
+        sgu.RECIPES["changed"], muon, precision, share = CHANGES[change]
+        options.update(recipe="changed", precision=precision, steps=round(share * options["steps"]))
     opt = sgu.Options(dataset=dataset, device="cpu", out=str(folder), fresh=True, **options)
     judge = sgu.load_judge(judge)
-    results = sgu.run(opt, judge=judge)
+    with mock.patch.object(sgu, "Muon", muon):
+        results = sgu.run(opt, judge=judge)
     data = sgu.choose(sgu.load_data(dataset, opt.data_root), opt.forget)
     real = sgu.opinions(judge, data["test"][~sgu.is_forgotten(data, "test")])[1]
     for method, entry in results["methods"].items():
@@ -466,43 +479,6 @@ def frontier(results):
 
 # ==== 5. The other comparisons ====================================================================
 
-SEEDS = dict(steps=1200, batch_size=64, samples=500, likelihood_samples=50)
-SEED_ROWS = dict(finetune="standard,unseen,orthogonal,obtuse,relative", retrain="orthogonal,obtuse")
-
-def seeds(opt):
-    """Every network with its own seed, from the first random weight, by sgu.py's own recipes."""
-    size = {k: TINY.get(k, v) if opt.quick else v for k, v in SEEDS.items()}
-    half, rows = halves(opt)[1], []
-    names = {(sde, training, seed): f"seeds-{sde}-{training}-{seed}" for seed in opt.seeds
-             for sde in ("ve", "vp") for training in SEED_ROWS}
-    jobs = {name: dict(half, methods=SEED_ROWS[how], sde=sde, training=how, seed=seed, **size)
-            for (sde, how, seed), name in names.items()}
-    done = attempt_all(command, jobs, opt.out)
-    for sde in ("ve", "vp"):
-        for training, m in [(t, m) for t, methods in SEED_ROWS.items() for m in methods.split(",")]:
-            found = [done[names[sde, training, seed]] for seed in opt.seeds]
-            row = dict(sde=sde, training=training if sgu.METHODS[m].loss else "-", method=m)
-            if errors := [run["error"] for run in found if "error" in run]:
-                rows.append(dict(row, errors=errors))
-                continue
-            runs = [run["methods"][m] for run in found]
-            rows.append(dict(row, runs=runs, **spreads(runs)))
-    return dict(config=dict(size, seeds=opt.seeds), rows=rows, judge=found[0].get("judge"))
-
-def seeds_table(results):
-    """The content of seeds-mnist-3,7.json -> Markdown: the paper's Tables 2 and 5 by seeds."""
-    config, keys, rows = results["config"], ("ratio", "unsure", "frechet_kept", "D_g", "D_f"), []
-    words = {"-": "training", "retrain": "re-training", "finetune": "fine-tuning"}
-    for row in results["rows"]:
-        cells = [spread_cell(row, key) for key in keys]
-        cells[0] = "stopped: " + row["errors"][0] if "errors" in row else cells[0]
-        rows.append([row["sde"].upper(), TITLES[row["method"]], words[row["training"]], *cells])
-    notes = (f"{origin(results)}Each from its own first weights: Standard, Unseen and re-training "
-             f"have {config['steps']} steps of {config['batch_size']}, fewer than the command's, "
-             "fine-tuning at most 15% of that. Compare likelihoods within a schedule: VE's are of "
-             "images under their least noise, sigma = 0.01, VP's under 0.003.")
-    return markdown(["schedule", "method", "made by", *(COLUMNS[k] for k in keys)], rows, notes)
-
 RELEARN = dict(images=100, looks=(0, 5, 10, 20, 40, 80), lr=1e-3, batch_size=64, samples=100)
 
 def relearn_trial(folder, path, how, dataset, judge, forget):
@@ -561,36 +537,31 @@ def samplers(opt):
             for name, (m, s, k) in zip(jobs, keys)]
     return dict(config=dict(samplers=walks, n=n), rows=rows, judge=rows[0]["judge"])
 
-NOISE = dict(steps=1200, batch_size=64, lr=3e-3, samples=500, sampler_steps=60)
-LEVELS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
-LAWS = ((0.0, 1.5, 2), *((-1.2, 1.2, k) for k in (2, 4, 8, 32)), (-0.6, 1.2, 32))
+RECIPE = dict(steps=1500, batch_size=64, samples=1000)
 
-def noise(opt):
-    """Standard of the CPU preset, trained under six noise laws: its samples, judged, and the mean
-    of (e - z)^2 in test images at every sigma of LEVELS."""
-    how = {k: TINY.get(k, v) if opt.quick else v for k, v in NOISE.items()}
-    common = dict(dataset="cifar10", data_root=opt.data_root, forget="automobile,dog",
-                  methods="standard", sde="vp", sampler="ancestral", tasks="sample")
-    judge = opt.out / "noise-judge/judge.pt"
-    if not judge.exists():                               # the network trained beside it is not used
-        tiny = dict(how, steps=1, samples=2, sampler_steps=1)
-        sgu.run(sgu.Options(device="cpu", out=str(judge.parent), **tiny, **common))
-    names = {law: "noise-" + "_".join(map(str, law)) for law in LAWS}
-    done = attempt_all(command, {name: dict(common, **how, law=law, judge=str(judge))
-                                 for law, name in names.items()}, opt.out)
-    images = sgu.load_data("cifar10", opt.data_root)["test"][:256]
-    x0, rows = sgu.from_levels(images), []
-    for law, name in names.items():
-        model, sde = sgu.load_model(opt.out / name / "standard.pt")
-        errors = []
-        for sigma in LEVELS:
-            t, g = sde.time(torch.full((len(x0),), sigma)), torch.Generator().manual_seed(1)
-            with torch.no_grad():
-                _, e, z = sgu.predict_noise(sgu.make_score(model, sde), sde, x0, t, None, g)
-            errors.append(float((e - z).square().mean()))
-        rows.append(dict(last_entry(done[name]), noise_law=law, squared_error=errors))
-    return dict(config=dict(how, sde="vp", seed=0, images=len(x0), levels=LEVELS), rows=rows,
-                judge=rows[0]["judge"])
+def recipe(opt):
+    """Unseen, trained for a quarter of the command's steps by our recipe and with one part of it
+    taken back at a time: how far its samples are from real images."""
+    how, half = {k: TINY.get(k, v) if opt.quick else v for k, v in RECIPE.items()}, halves(opt)[0]
+    jobs = {f"recipe-{i}": dict(half, methods="unseen", tasks="sample", seed=3, change=change, **how)
+            for i, change in enumerate(CHANGES)}
+    done = attempt_all(command, jobs, opt.out)
+    rows = [dict(last_entry(done[name]), change=job["change"]) for name, job in jobs.items()]
+    return dict(config=how, rows=rows, judge=rows[0].get("judge"))
+
+def recipe_table(results):
+    """The content of recipe-mnist-3,7.json -> Markdown."""
+    rows, config = [], results["config"]
+    for row in results["rows"]:
+        figures = [row["error"], "", ""] if "error" in row else [
+            f"{100 * row['unsure']:.1f}", f"{row['frechet_kept']:.2f}",
+            f"{100 * row['unlearning_ratio']['total']:.1f}"]
+        rows.append([row["change"], *figures])
+    notes = (f"Unseen, {config['steps']} steps of {config['batch_size']}, seed 3, n = "
+             f"{config['samples']} samples; equal models differ by about half a point. "
+             f"{judge_words(results['judge'])} {results['device']}; `{results['command']}`.")
+    return markdown(["recipe", COLUMNS["unsure"], COLUMNS["frechet_kept"], COLUMNS["ratio"]], rows,
+                    notes)
 
 # ==== 6. The command line =========================================================================
 
@@ -598,7 +569,7 @@ EXPERIMENTS = dict(     # name: (function, results file)
     toy=(functools.partial(compare, "toy"), "rivals-toy"),
     mnist=(functools.partial(compare, "mnist"), "rivals-mnist-3,7"),
     relearn=(relearn, "relearn-mnist-3,7"), samplers=(samplers, "samplers-mnist-3,7"),
-    seeds=(seeds, "seeds-mnist-3,7"), noise=(noise, "noise-cifar10"))
+    recipe=(recipe, "recipe-mnist-3,7"))
 
 def parse(argv):
     parser = argparse.ArgumentParser(
@@ -628,7 +599,7 @@ def main(argv=None):
     results.update(command=f"python notebooks/rivals.py {opt.experiment}",
                    device=f"{sgu.describe('cpu')}, {os.cpu_count()} processes of 1 thread",
                    versions=dict(python=platform.python_version(), torch=torch.__version__))
-    table = dict(toy=make_table, mnist=make_table, seeds=seeds_table).get(opt.experiment)
+    table = dict(toy=make_table, mnist=make_table, recipe=recipe_table).get(opt.experiment)
     if table:
         results["markdown"] = table(results)
         print(results["markdown"])

@@ -94,18 +94,11 @@ def of_rivals(results, words):
         return dict(config=dict(samplers=rivals.WALKS),
                     rows=[dict(shipped[m], method=m, sampler=sampler, steps=steps)
                           for sampler, steps in rivals.WALKS for m in rivals.DIGITS])
-    if name == "noise":
-        size = rivals.NOISE
-        recipe = recipe_of("standard", sgu.Options(), size["steps"], size["lr"])
-        return dict(config=dict(size, levels=rivals.LEVELS),
-                    rows=[dict(noise_law=law, recipe=recipe) for law in rivals.LAWS])
+    opt, size = sgu.Options(), rivals.RECIPE
     lr = dict(zip(sgu.COLUMNS, sgu.PRESETS[28, "cpu"]))["lr"]
-    recipes = [(sde, m, recipe_of(m, sgu.Options(training=how), rivals.SEEDS["steps"], lr))
-               for sde in ("ve", "vp") for how in rivals.SEED_ROWS
-               for m in rivals.SEED_ROWS[how].split(",")]
-    return dict(config=dict(rivals.SEEDS, seeds=[0, 1, 2]),
-                rows=[dict(sde=sde, method=m, runs=[dict(recipe=recipe)] * 3)
-                      for sde, m, recipe in recipes])
+    steps = {change: round(how[3] * size["steps"]) for change, how in rivals.CHANGES.items()}
+    return dict(config=size, rows=[dict(change=change, recipe=recipe_of("unseen", opt, n, lr))
+                                   for change, n in steps.items()])
 
 
 def fingerprint(path, name):
@@ -173,7 +166,7 @@ def main():
     for path in sorted((here / "results").glob("*.json")):
         why, name = why_stale(read_results(path.stem), path.stem), re.escape(path.stem)
         quotes = re.compile(rf"(?<![\w,.-]){name}(\.json|(-inpaint|-reconstruct)?\.png)\b"
-                            rf"|<!-- (results|rows|number):[^>]*\s{name}\s")
+                            rf"|<!-- (results|rows|seeds|number):[^>]*\s{name}\s")
         where = [page for page in texts if quotes.search(texts[page])]
         if why:
             names = ", ".join(str(page.relative_to(here.parent)) for page in where)

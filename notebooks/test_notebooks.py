@@ -483,9 +483,9 @@ def test_a_finished_run_is_fresh(finished, small, monkeypatch):
     assert stale.why_stale(results) == ""
     method, presets = sgu.METHODS["obtuse"], tiny_presets
     for words, change in (
-            ("methods obtuse recipe alpha is 0.85, today 0.5", dict(alpha=0.5)),
-            ("methods obtuse recipe lr is 0.01, today 0.02", dict(pace=1.0)),
-            ("methods obtuse recipe window is [0.0, 6.0], today [0.0, 7.0]",
+            ("methods obtuse recipe alpha is 0.95, today 0.5", dict(alpha=0.5)),
+            ("methods obtuse recipe lr is 0.02, today 0.01", dict(pace=0.5)),
+            ("methods obtuse recipe window is [0.2, 6.0], today [0.0, 7.0]",
              dict(window=(0.0, 7.0)))):
         with monkeypatch.context() as patch:
             patch.setitem(sgu.METHODS, "obtuse", method._replace(**change))
@@ -533,13 +533,33 @@ def test_shares_and_paces_are_of_the_preset(monkeypatch):
     assert recipe("bfloat16", "--alpha", "0.3", "--unlearn-steps", "7") == usual | dict(
         alpha=0.3, steps=7)
 
-@pytest.mark.parametrize("name", ["toy", "mnist", "seeds", "samplers"])
+def test_table_of_seeds(monkeypatch):
+    """Mean and standard deviation (n - 1) over files that differ in their seed alone."""
+    def made(seed, total, steps=5):
+        nll = dict(D_g=2.0 + seed, D_f=3.0, se=dict(D_g=0.1, D_f=0.1))
+        entry = dict(unlearning_ratio=dict(total=total, n=50), unsure=0.1, frechet_kept=4.0,
+                     nll_bits_per_dim=nll)
+        return dict(methods=dict(standard=entry),
+                    config=dict(seed=seed, steps=steps, out=str(seed)),
+                    command=f"python sgu.py --seed {seed}", device="a CPU")
+    files = {"0": made(0, 0.1), "1": made(1, 0.2), "2": made(2, 0.3), "3": made(3, 0.3, steps=6)}
+    monkeypatch.setattr(make, "read_results", files.get)
+    lines = make.seeds_table("0", "1", "2").splitlines()
+    assert "| in all, % | 20.0 ± 10.0 |" in lines
+    assert "| NLL D_g, bits/dim | 3.00 ± 1.00 |" in lines
+    assert "| none of these or unsure, % | 10.0 ± 0.0 |" in lines
+    assert "seeds 0, 1, 2" in lines[-1] and "n = 50" in lines[-1] and "--seed 0" in lines[-1]
+    with pytest.raises(ValueError, match="steps"):
+        make.seeds_table("0", "3")
+
+@pytest.mark.parametrize("name", ["toy", "mnist", "recipe", "samplers"])
 def test_a_comparison_is_fresh(name, monkeypatch, tmp_path):
     """The real layout of rivals.py's results, with trials that cost nothing."""
     shipped = make.read_results("mnist-3,7")["methods"]
     def entry(method, how):
         opt = sgu.Options(training=how.get("training", "finetune"))
-        recipe = stale.recipe_of(method, opt, 1200, 4e-3)
+        recipe = stale.recipe_of(method, opt, 1500 if how.get("change") != "float32, same time"
+                                 else 900, 4e-3)
         if "pretrained" in how and method == "standard":       # then it is the shipped network
             recipe = shipped[pathlib.Path(how["pretrained"]).stem.removeprefix("mnist_")]["recipe"]
         return dict(unlearning_ratio=dict(total=0.5, n=10), frechet_all=1.0, energy_all=1.0,
@@ -557,16 +577,17 @@ def test_a_comparison_is_fresh(name, monkeypatch, tmp_path):
     changes = dict(toy=("SIZE", dict(rivals.SIZE, toy=dict(rivals.SIZE["toy"], steps=499))),
                    mnist=("SETTINGS", dict(rivals.SETTINGS, mnist=dict(
                        rivals.SETTINGS["mnist"], fisher=((0.1, 0.5, (0, 6)),) * 3))),
-                   seeds=("SEEDS", dict(rivals.SEEDS, samples=1)), samplers=("WALKS", [("em", 7)]))
+                   recipe=("RECIPE", dict(rivals.RECIPE, samples=1)),
+                   samplers=("WALKS", [("em", 7)]))
     words = dict(toy="config steps is 500, today 499", mnist="tuning fisher 0 alpha is 0.95, today",
-                 seeds="config samples is 500, today 1", samplers="config samplers is [['em', 15]")
+                 recipe="config samples is 1000, today 1",
+                 samplers="config samplers is [['em', 15]")
     with monkeypatch.context() as patch:
         patch.setattr(rivals, *changes[name])
         assert stale.why_stale(made).startswith(words[name])
-    longer = sgu.METHODS["relative"]._replace(share=0.5)
     with monkeypatch.context() as patch:
-        patch.setitem(sgu.METHODS, "relative", longer)
-        assert ("recipe steps is 180, today 600" in stale.why_stale(made)) == (name == "seeds")
+        patch.setitem(sgu.METHODS, "unseen", sgu.METHODS["unseen"]._replace(window=(1.0, 2.0)))
+        assert ("recipe window is" in stale.why_stale(made)) == (name == "recipe")
     other = dict(shipped, unseen=dict(recipe=dict(shipped["unseen"]["recipe"], steps=7)))
     monkeypatch.setattr(stale, "read_results", lambda name: dict(methods=other))
     assert (f"steps is {shipped['unseen']['recipe']['steps']}, today 7" in stale.why_stale(made)
