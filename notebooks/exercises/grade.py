@@ -17,89 +17,89 @@ import pickle
 import re
 import signal
 import sys
-import traceback
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]   # checks.py, make.py, sgu.py
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]   # marking.py, make.py, sgu.py
 
 import make
 import sgu
+from marking import explain, points, printable
 
 SOURCES = sorted((HERE / "src").glob("*.py"))
 
 
-def printable(text, limit=300):
-    """text as one line without anything that a terminal could take for a command."""
-    clean = "".join(c if c.isprintable() else " " for c in str(text))
-    return " ".join(clean.split())[:limit]
+class Shell:
+    """What a cell's magics and commands call here in place of IPython: statements that are timed or
+    captured run, everything else does nothing."""
 
+    def __init__(self, space, name):
+        self.space, self.name = space, name
 
-def explain(error, name):
-    """One printable line about an exception that a student's cell, called name, has raised."""
-    try:
-        text = f"{type(error).__name__}: {error}"
-        if isinstance(error, NotImplementedError):
-            own = str(error) == name.strip("<>") or not str(error).startswith("question")
-            text = "not answered yet" if own else f"needs {error}, which is not answered yet"
-        elif isinstance(error, AssertionError):
-            text = str(error)
-        elif isinstance(error, SyntaxError):
-            text = f"syntax error in line {error.lineno} of the cell: {error.msg}"
-        elif isinstance(error, SystemExit):
-            text = "the code calls exit()"
-        else:
-            if "does not require grad" in text:
-                text = ("the loss has no gradient: do the weights of your copy have "
-                        "requires_grad_(True), and is nothing detached?")
-            calls = traceback.extract_tb(error.__traceback__)
-            lines = [f", line {f.lineno} of the cell" for f in calls if f.filename == name]
-            text += "".join(lines)[:40]
-    except BaseException:
-        text = "an error that cannot even be printed"
-    return printable(text)
+    def run_line_magic(self, magic, line, *args):
+        if magic == "time":
+            run_cell(line, self.space, self.name)
+
+    def run_cell_magic(self, magic, line, cell):
+        if magic in ("time", "timeit", "capture", "prun"):
+            run_cell(cell, self.space, self.name)
+
+    def getoutput(self, *args, **kw):          # of no command; what reads its first line goes on
+        return [""]
+
+    def __getattr__(self, name):
+        return lambda *args, **kw: None
 
 
 def python_of(code):
-    """A cell without what belongs to Jupyter: %magics, !commands, questions such as torch.randn?;
-    a name that a command's output is given to becomes None."""
+    """A cell as IPython would run it: %magics, !commands and torch.randn? become calls."""
     try:
-        compile(code, "<cell>", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-    except (SyntaxError, ValueError):
-        code = re.sub(r"(?m)^([ \t]*)(%%?[A-Za-z]|!|\?).*", r"\1pass", code)
-        code = re.sub(r"(?m)^([ \t]*)[\w.]+\?{1,2}[ \t]*$", r"\1pass", code)
-        code = re.sub(r"(?m)^([ \t]*\w+[ \t]*=)[ \t]*[!%].*", r"\1 None", code)
-    return code
+        from IPython.core.inputtransformer2 import TransformerManager
+    except ImportError:
+        return code
+    return TransformerManager().transform_cell(code)
 
 
 def run_cell(code, space, name):
     """Run a cell in space, as Jupyter would."""
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    space["get_ipython"] = lambda: Shell(space, name)
     waiting = eval(compile(python_of(code), name, "exec", flags=flags), space)
     if waiting is not None:                    # an await outside of functions
         asyncio.run(waiting)
 
 
-def run_step(question, cells, check, space):
-    """Run a student's cells [(is it the answer?, code)], then the check if given. -> 'passed', or
-    one line that says what is wrong."""
+def run_step(question, cells, check, space, worth):
+    """Run a student's cells [(is it the answer?, code)], then the check if given. -> points, and
+    'passed' or one line that says what is wrong."""
     name = f"<question {question}>"
     for answer, code in cells:
         try:
             run_cell(code, space, name)
         except BaseException as error:
             if answer:
-                return explain(error, name)
+                return 0, explain(error, question)
     try:
         run_cell(check, space, "<check>")
-        return "passed"
+        return worth, "passed"
     except BaseException as error:
-        return explain(error, name)
+        return points(error, worth), explain(error, question)
+
+
+def text_of(path):
+    """The text of a notebook, which should be UTF-8; what an editor made of it is read, too."""
+    data = pathlib.Path(path).read_bytes()
+    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError:
+        print(f"{printable(path)} is not UTF-8 and was read as Latin-1; save it anew in Jupyter")
+        return data.decode("latin-1")
 
 
 def code_cells(path):
     """A notebook -> [(tag, code)] of its code cells, and the names that may tell which it is."""
     try:
-        notebook = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig", errors="replace"))
+        notebook = json.loads(text_of(path))
         cells = [(str(c.get("metadata", {}).get("sgu", "")), "".join(c["source"]))
                  for c in notebook["cells"] if c["cell_type"] == "code"]
         return cells, (str(notebook.get("metadata", {}).get("sgu", "")), pathlib.Path(path).name)
@@ -145,22 +145,23 @@ def grading_steps(path):
 
 def grade_worker(pipe, steps, first, skip):
     """In a process of its own: run steps, without checks before first, none of skip, and tell pipe
-    after each how it went."""
+    after each what it earned, how it went, and the student's reason."""
     os.chdir(HERE)
     if hasattr(os, "setsid"):
         os.setsid()                            # what a student starts ends with this process
     for stream in range(3):
         os.dup2(os.open(os.devnull, os.O_RDWR), stream)
     os.environ["MPLBACKEND"], space = "Agg", {"__name__": "__main__", "display": print}
-    for i, (question, cells, check, _) in enumerate(steps):
-        said = "" if i in skip else run_step(question, cells, check if i >= first else "", space)
+    for i, (question, cells, check, worth) in enumerate(steps):
+        check = check if i >= first else ""
+        earned, said = (0, "") if i in skip else run_step(question, cells, check, space, worth)
         why = space.get("why_" + str(question).replace(".", "_"))
-        pipe.send((i, said, "" if why is None else printable(why) or "(empty)"))
+        pipe.send((i, earned, said, "" if why is None else printable(why) or "(empty)"))
     os._exit(0)
 
 
 def outcomes(steps, limit):
-    """How every step went: [(what the check said, the student's reason)].
+    """How every step went: [(points, what the check said, the student's reason)].
 
     Where the process ends or hangs, another one runs the earlier cells again, without that
     question, and goes on.
@@ -177,9 +178,9 @@ def outcomes(steps, limit):
             while at < len(steps):
                 if not ours.poll(limit if steps[at][0] else 5 * limit):
                     raise TimeoutError
-                at, said, why = ours.recv()
+                at, *line = ours.recv()
                 if at >= first:
-                    lines[at], first = (said, why), at + 1
+                    lines[at], first = line, at + 1
                 at += 1
         except TimeoutError:
             end = f"no result after {limit:g} s (an endless loop?)"
@@ -193,7 +194,7 @@ def outcomes(steps, limit):
             process.join()
         if first < len(steps) and (at >= first or at in skip):       # in skip: no way past it
             upto = len(steps) if at in skip else at + 1
-            lines.update({i: (end, "") for i in range(first, upto)})
+            lines.update({i: (0, end, "") for i in range(first, upto)})
             first = upto
         skip.add(at)
     return [lines[i] for i in range(len(steps))]
@@ -201,20 +202,20 @@ def outcomes(steps, limit):
 
 def grade(path, limit=120.):
     """Print a line per question of a student's notebook, and the total. -> (points, possible)."""
-    steps, points = grading_steps(path), 0
-    said_of = outcomes(steps, limit)
+    steps, total = grading_steps(path), 0
+    lines = outcomes(steps, limit)
     print(printable(pathlib.Path(path).name))
-    for (question, cells, _, worth), (said, why) in zip(steps, said_of):
+    for (question, cells, _, worth), (earned, said, why) in zip(steps, lines):
         if question:
             said = said if cells else "the cell with the answer is missing"
-            got = worth * (said == "passed")
-            points += got
-            print(f"  {question}  {got}/{worth}  {said}" + (f"; why: {why}" if why else ""))
+            earned = earned if cells else 0
+            total += earned
+            print(f"  {question}  {earned}/{worth}  {said}" + (f"; why: {why}" if why else ""))
         elif said != "passed":
             print(f"  the notebook's own cell: {said}")
-    total = sum(step[3] for step in steps)
-    print(f"  total  {points}/{total}", flush=True)
-    return points, total
+    possible = sum(step[3] for step in steps)
+    print(f"  total  {total}/{possible}", flush=True)
+    return total, possible
 
 
 def main(argv=None):

@@ -1,0 +1,190 @@
+"""How a question is marked, in a notebook and by grade.py: a line in words, never a traceback and
+never the answer.
+"""
+import contextlib
+import math
+import re
+import sys
+import traceback
+
+def say(text):
+    with contextlib.suppress(ValueError, OSError):                   # a student may have closed it
+        print(text)
+
+def printable(text, limit=300):
+    """text as one line without anything that a terminal could take for a command."""
+    clean = "".join(c if c.isprintable() else " " for c in str(text))
+    return " ".join(clean.split())[:limit]
+
+# ==== What went wrong =============================================================================
+
+def place_of(error):
+    """Where in a student's cell an exception was raised, in words; '' if in none."""
+    for call in reversed(traceback.extract_tb(error.__traceback__)):
+        in_jupyter = "ipykernel_" in call.filename or "<ipython-input" in call.filename
+        top = call.name == "<module>"
+        if call.filename.startswith("<question") or in_jupyter and not top:     # top: our own check
+            return f" (line {call.lineno} of the cell{'' if top else ', in ' + call.name})"
+    return ""
+
+def explain(error, question=""):
+    """One printable line about an exception that a student's code, or its check, has raised."""
+    try:
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, NotImplementedError):
+            own = str(error) == f"question {question}" or not str(error).startswith("question")
+            return "not answered yet" if own else f"needs {error}, which is not answered yet"
+        if isinstance(error, AssertionError) and str(error):
+            return printable(error)
+        if isinstance(error, SyntaxError):
+            return printable(f"syntax error in line {error.lineno} of the cell: {error.msg}")
+        if isinstance(error, SystemExit):
+            return "the code calls exit()"
+        if "does not require grad" in text:
+            text = ("the loss has no gradient: do the weights of your copy have "
+                    "requires_grad_(True), and is nothing detached?")
+        return printable(text, 240) + place_of(error)
+    except BaseException:
+        return "an error that cannot even be printed"
+
+def points(error, worth):
+    """What a question still earns after an error; planted_bug says what it leaves or takes off."""
+    earned = getattr(error, "earned", 0)
+    return worth + earned if earned < 0 else earned
+
+@contextlib.contextmanager
+def marked(question, worth):
+    """Around a check in a notebook: a line in place of a traceback, and Run All goes on."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        earned = points(error, worth)
+        say(f"{question}: {earned} of {worth} points: {explain(error, question)}")
+
+@contextlib.contextmanager
+def picture():
+    """Around a picture of what students write: where it cannot be drawn yet, a line instead."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if "matplotlib.pyplot" in sys.modules:
+            sys.modules["matplotlib.pyplot"].close("all")            # half of it would be shown
+        say(f"no picture yet: {explain(error)}")
+
+def check_cell(lines):
+    """The lines of a cell as Jupyter is about to run it; those of a check run inside of marked."""
+    head, last = r"# check of question ([\d.]+)", r"print\('[\d.]+: \d+ of (\d+) points'\)\s*$"
+    found = re.match(f"(?s){head}.*{last}", "".join(lines))
+    if found is None:
+        return lines
+    return [f"with marking.marked('{found[1]}', {found[2]}):\n", *("    " + li for li in lines)]
+
+def into_jupyter(shell):
+    if shell is not None and check_cell not in shell.input_transformers_post:
+        shell.input_transformers_post.append(check_cell)
+
+if "IPython" in sys.modules:                   # None unless this is the process of a notebook
+    into_jupyter(sys.modules["IPython"].get_ipython())
+
+# ==== Predictions: on record before their run =====================================================
+
+RECORDED = {}                                  # question: (prediction, reason), since the start
+
+def shown(value):
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+# Told to whoever was right; it stands here since a check cell is read before it is run.
+BECAUSE = {
+    "1.4": "a is already down to sqrt(1/2) when the integral of beta reaches log 2 = 0.69, and "
+           "beta grows to 20: most of the time axis is mostly noise",
+    "2.4": "the loss of the exact score is {low:.2f} at t = 0.05 and {high:.4f} at t = 0.95",
+    "3.4": "the spread is {full:.2f} with the score and {half:.2f} with half of it",
+    "4.5": "under this model all images are equally likely, simple ones included",
+    "5.5": "e is {length:.4f} times as long as that of the kept data, and the cosine between the "
+           "two is {cosine:.2f}",
+    "5.6": "the length grows by a factor of {growth:.3g}",
+    "6.1": "in strong noise almost everything one sees is noise, so it is easy to name; there a "
+           "forget loss fights what every image needs",
+    "7.3": "the mean of the fillings is {mean:.2f}",
+    "8.2": "even to claim less than 1% you need some 400 samples without a single hit",
+    "8.4": "the judge's own errors are a floor, below which no model can be reported unless it "
+           "draws digits that are easier to read",
+    "8.6": "no density with that value on D_f can do better than {limit:.2f} on D_g",
+    "9.2": "the error of 16 steps is {plain:.2g} nats for the plain Gaussian and {turned:.2g} for "
+           "the turned one",
+    "9.5": "{coarse:.1f} bits/dim with a standard error of {error:.1f} at 16 steps, {fine:.1f} at "
+           "64; that error is of the choice of images, not of the integral",
+    "10.1": "the judge is sure of a digit in {share:.0%} of the images of noise; it was never "
+            "shown anything else",
+    "10.5": "every image that was replaced shows up there, and the ratio alone would have praised "
+            "the model"}
+
+def record(question, said, why, number=False):
+    """A prediction, a letter or else a number -> the same, tidied. Without one, or without a reason
+    for it, there is no run; and whoever predicts something else gives another reason."""
+    variable = f"why_{question.replace('.', '_')}"
+    if said is None or isinstance(said, str) and not said.strip():
+        raise NotImplementedError(f"question {question}")
+    if number:
+        value = math.nan
+        if not isinstance(said, str):
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                value = float(said)
+        comma = " (a decimal point, not a comma)" if isinstance(said, tuple) else ""
+        assert math.isfinite(value), f"answer with a number, not {said!r}{comma}"
+    else:
+        value = said.strip(" .()").lower() if isinstance(said, str) else ""
+        assert value in ("a", "b", "c"), f"answer with one of the letters a, b, c, not {said!r}"
+    reason = why.strip() if isinstance(why, str) else ""
+    assert sum(map(str.isalpha, reason)) >= 8, \
+        f"say in {variable}, in a sentence, why you think so: without a reason a prediction " \
+        "earns nothing"
+    before = RECORDED.get(question, (value, ""))
+    assert before[0] == value or before[1] != reason, \
+        f"you predicted {shown(before[0])} before, now {shown(value)}: change the reason in " \
+        f"{variable}, too"
+    RECORDED[question] = (value, reason)
+    say(f"{question}: on record before the run: {shown(value)}, because: {printable(reason)}")
+    return value
+
+def compare(question, said, measured, tol=None, **values):
+    """What record returned against the run: a letter or, with tol, a number. Whoever is wrong does
+    not learn the answer, which could be typed in; values: for the words to whoever is right."""
+    right, percent = said == measured, ""
+    if tol is not None:
+        right = abs(said - measured) <= tol
+        if 0 < measured < 1 and said > 5 * measured and abs(said / 100 - measured) <= tol:
+            percent = " Is that a percentage? Write a fraction."
+    assert right, f"you predicted {shown(said)}, and the run disagrees.{percent} Try it out in a " \
+        "cell of your own; if you change your mind, change your reason, too"
+    say(f"Right: {BECAUSE[question].format(**values)}.")
+
+# ==== Planted bugs: a point for the line, the others for the function =============================
+
+# Every line in which a bug can be put right; it was planted in the first one.
+BUG_LINES = {"1.5": (6, 8), "3.3": (4, 3), "4.4": (6, 5), "5.2": (4, 5, 6), "5.3": (6, 5),
+             "6.2": (15, 18), "7.2": (5, 3, 2), "8.3": (6, 7)}
+
+@contextlib.contextmanager
+def planted_bug(line, question):
+    """Around the checks of a function with a bug. What it does wrong is told to everyone, why only
+    to those who have found the line."""
+    numbers = re.findall(r"\d+", str(line).removesuffix(".0"))       # 6, "6", 6.0, "line 6"
+    named = len(numbers) == 1 and int(numbers[0]) > 0
+    found = named and int(numbers[0]) in BUG_LINES[question]
+    variable = f"line_{question.replace('.', '_')}"
+    try:
+        yield
+    except Exception as error:
+        error.earned = int(found)
+        if found or not isinstance(error, AssertionError):
+            raise
+        symptom = getattr(error, "symptom", str(error).partition(": ")[0])
+        hint = f"line {numbers[0]} is not" if named else f"put its number into {variable}"
+        raise AssertionError(f"{symptom}; which line is to blame? {hint}") from None
+    if not found:
+        named = f"; line {numbers[0]} was not" if named else ""
+        error = AssertionError("the function is right now; for the last point put the number of "
+                               f"the line that was wrong into {variable}{named}")
+        error.earned = -1
+        raise error
