@@ -172,17 +172,18 @@ def seeds_table(*names):
     files, rows = [read_results(name) for name in names], []
     for key, value in files[0]["config"].items():
         same = all(file["config"][key] == value for file in files)
-        if key not in ("seed", "out", "data_root") and not same:
+        if key not in ("seed", "methods", "out", "data_root") and not same:
             raise ValueError(f"{', '.join(names)} differ in {key}")
+    methods = [m for m in files[0]["methods"] if all(m in file["methods"] for file in files)]
     for title, (path, unit, form) in figures.items():
         cells = {}
-        for m in files[0]["methods"]:
+        for m in methods:
             values = [unit * look_up(file["methods"][m], path) for file in files]
             cells[m] = f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}"
         rows.append((title, cells, None))
-    n = next(iter(files[0]["methods"].values()))["unlearning_ratio"]["n"]
+    n = files[0]["methods"][methods[0]]["unlearning_ratio"]["n"]
     seeds = ", ".join(str(file["config"]["seed"]) for file in files)
-    return (f"{markdown(rows, files[0]['methods'])}\n\n`{files[0]['command']}`; "
+    return (f"{markdown(rows, methods)}\n\n`{files[-1]['command']}`; "
             f"{files[0]['device']}; mean ± standard deviation over seeds {seeds}, n = {n} samples "
             "each.")
 
