@@ -37,7 +37,6 @@ class UsageError(ValueError):
 def need(ok, message, error=UsageError):                          # raise error(message) unless ok
     if not ok:
         raise error(message)
-
 def per_sample(v, x):                                             # (B,) -> (B, 1, ..., 1) to fit x
     return v.reshape(-1, *[1] * (x.dim() - 1))
 
@@ -45,9 +44,8 @@ def per_sample(v, x):                                             # (B,) -> (B, 
 # f = -beta(t) x / 2 is linear in x, so x_t = a x0 + s z with a' = -beta a / 2 and d(s^2)/dt =
 # -beta s^2 + g^2. The noise level sigma = s/a is the clock that all schedules share.
 class Schedule:
-    """A schedule defines marginal(t) -> a, s; diffusion(t) -> g; time(sigma), the t at which s/a is
-    sigma; and, unless a = 1, beta(t) with a' = -beta a/2. a(1) must stay above 0. Times and noise
-    levels are (B,), and so is what they give."""
+    """A schedule defines marginal(t) -> a, s; diffusion(t) -> g; time(sigma) -> t; and, unless a is
+    1, beta(t) with a' = -beta a/2. All are (B,); a(1) must stay above 0."""
     t_min = 0.0                                # the smallest t that training and samplers visit
     def beta(self, t):
         return torch.zeros_like(t)
@@ -107,9 +105,8 @@ class VP(Schedule):
         return 2 * c / (self.beta_min + (self.beta_min ** 2 + 2 * self.slope * c).sqrt())
 
 class DDPM(VP):
-    """The chain x_k = sqrt(1 - beta_k) x_{k-1} + sqrt(beta_k) z, k = 1..n_steps (Appendix B).
-    At t = k/n_steps a^2 = prod_{j<=k} (1 - beta_j) is the chain's own. Between, log a is linear: a
-    VP process with piecewise constant beta, which all of this file accepts."""
+    """The chain x_k = sqrt(1 - beta_k) x_{k-1} + sqrt(beta_k) z, k = 1..n_steps (Appendix B), with
+    a^2 = prod_{j<=k} (1 - beta_j) at t = k/n_steps. Between, beta is constant: a VP process."""
     def __init__(self, n_steps=1000, beta_min=1e-4, beta_max=0.02):
         self.n_steps, self.t_min = n_steps, 1 / n_steps
         self.betas = torch.linspace(beta_min, beta_max, n_steps, dtype=torch.float64)
@@ -148,10 +145,9 @@ class Block(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
 class UNet(nn.Module):
-    """U-Net: images (B, C, H, W), log(sigma)/4 (B,), all it knows of t -> (B, C, H, W). channels: a
-    width per level; blocks: how many a level, one number or one per level; patch x patch pixels are
-    folded into channels first (2: a quarter of the cost); data_std: of the pixels, for make_score.
-    H and W must divide by patch * 2^(levels - 1)."""
+    """Images (B, C, H, W), log(sigma)/4 (B,), all it knows of t -> (B, C, H, W). channels: a width
+    per level; blocks: how many a level, one number or a list; patch x patch pixels are folded into
+    channels first (2: a quarter of the cost). H and W divide by patch * 2^(levels - 1)."""
     def __init__(self, image_channels=1, channels=(32, 64), blocks=1, patch=2, data_std=0.5):
         super().__init__()
         blocks = [blocks] * len(channels) if isinstance(blocks, int) else list(blocks)
@@ -294,10 +290,8 @@ def sgu_loss(keep_loss, forget_loss, alpha):                      # Eq. 11, of t
 # ==== 4. Samplers.  Eq. 4, from t = 1 down:  dx = [f(x, t) - g(t)^2 score(x, t)] dt + g(t) dw =====
 # A sampler steps from t down to t_next along a grid of times, and at its end takes the mean image
 # E[x0 | x_t], which removes the last, invisible noise. Times are float64, on the CPU.
-
 def time_grid(sde, steps, t_max=1.0, rho=7):
-    """steps + 1 times from t_max to t_min, even in sigma^(1/rho): short steps where sigma is small
-    (Karras et al. 2022)."""
+    """steps + 1 times, t_max to t_min, even in sigma^(1/rho) (Karras): small sigma, short steps."""
     need(steps >= 1, f"steps must be at least 1, not {steps}")
     ends = torch.tensor([t_max, sde.t_min], dtype=torch.float64)
     first, last = sde.sigma(ends) ** (1 / rho)
@@ -309,7 +303,6 @@ def time_grid(sde, steps, t_max=1.0, rho=7):
 
 def score_at(score, x, t):                                        # at one t for the whole batch x
     return score(x, torch.full((len(x),), float(t), dtype=x.dtype, device=x.device))
-
 def noise_like(x, generator):                                     # z ~ N(0, I) of the shape of x
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
@@ -408,7 +401,6 @@ SAMPLERS = dict(em=euler_maruyama, pc=predictor_corrector, ancestral=ancestral_s
 #     dw/dl = b (e - b w),   div_w (dw/dl) = sigma div_y e - D b^2,   b = sigma/c
 # div_y e is the mean of v.(de/dy v), a vector-Jacobian product, over random signs v (Hutchinson).
 # They are drawn once and seeded by the image, so that no likelihood depends on the batch.
-
 def own_generators(x, generator):
     """One CPU generator per sample of x: (B, ...), seeded by it and by one draw from generator."""
     device = generator.device if generator else None
@@ -471,10 +463,8 @@ def to_levels(x):
     """Images, clamped to [-1, 1] -> their 8-bit levels 0..255, uint8 on the CPU."""
     need(not x.isnan().any(), "NaN images: train with a lower --lr", FloatingPointError)
     return ((x.clamp(-1, 1) + 1) * 128).floor().clamp(max=255).to(torch.uint8).cpu()
-
 def from_levels(x):                                               # uint8 -> the middle of the cell
     return (x + 0.5) / 128 - 1
-
 def dequantise(levels, generator=None):                           # uint8 -> anywhere in the cell
     jitter = torch.rand(levels.shape, generator=generator, device=levels.device)
     return (levels + jitter) / 128 - 1
@@ -601,8 +591,7 @@ def descend(model, ema, steps, lr, gradients, state=None):
         model.zero_grad(set_to_none=True)
         report = gradients(done)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        need(norm.isfinite(), f"step {done + 1}: the gradient is not finite; lower the rate",
-             FloatingPointError)
+        need(norm.isfinite(), f"infinite gradient in step {done + 1}: lower lr", FloatingPointError)
         warm = min((done + 1) / (steps // 20 + 1), 1)
         for optimiser in parts[2:]:
             optimiser.param_groups[0]["lr"] = lr * warm * (1 + math.cos(math.pi * done / steps)) / 2
@@ -835,11 +824,9 @@ class Judge(nn.Module):
             Residual(conv(8 * w, 8 * w), conv(8 * w, 8 * w)))
         self.head = nn.Linear(8 * w, classes)
         self.to(memory_format=torch.channels_last)
-
     def features(self, x):                                        # (B, C, H, W) -> (B, 8 width)
         large, x = x.shape[2] > 32, self.stem(x.contiguous(memory_format=torch.channels_last))
         return self.body(F.max_pool2d(x, 2) if large else x).amax((2, 3))   # 64 pixels: then as 32
-
     def forward(self, x):
         return self.head(self.features(x))
 
@@ -917,9 +904,8 @@ def frechet(f1, f2):
     return max(float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross), 0.0)
 
 def judged(probs, features, data, reference, real=None):
-    """What the results say of images. probs: (N, K), features: (N, F); reference: features of real
-    images of D_g, to which the distance is; real: more of them, of which as many as were kept are
-    measured too, since the distance is biased by n. Shares are in [0, 1]."""
+    """What the results say of images, shares in [0, 1]. probs: (N, K), features: (N, F); reference,
+    real: of real images of D_g, as many of real as were kept, since the distance is biased by n."""
     n, names, label = len(probs), data["classes"], probs.argmax(1)
     hit, none = torch.isin(label, torch.tensor(data["forget"])), label >= len(names)
     share, k = {v: int((label == c).sum()) / n for c, v in enumerate(names)}, int(hit.sum())
@@ -976,23 +962,22 @@ PRESETS = {         # (data set or largest side of the image, device): COLUMNS
 
 def within(kind, low, high=2**31 - 1):           # the type of an option: a number in [low, high]
     def number(text):
-        need(low <= kind(text) <= high, f"{text} is not in {low}..{high}",
-             argparse.ArgumentTypeError)
+        need(low <= kind(text) <= high, f"{text} not in {low}..{high}", argparse.ArgumentTypeError)
         return kind(text)
     return number
 
 def some_of(names):                              # the type of an option: some of names, with commas
     def check(text):
         words = [word.strip() for word in text.split(",")]
-        for word in words:
-            need(word in names and words.count(word) == 1, f"{word!r} must be one of "
-                 f"{', '.join(names)}, once", argparse.ArgumentTypeError)
+        need({*words} <= {*names} and len({*words}) == len(words),
+             f"{text!r} must be some of {','.join(names)}, each once", argparse.ArgumentTypeError)
         return ",".join(words)
     return check
 
 def parse_options(argv=None):
     """argv -> the options of the command, checked. Raises UsageError."""
-    parser = argparse.ArgumentParser("sgu.py", None, __doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser("sgu.py", description=__doc__.splitlines()[0],
+                                     allow_abbrev=False)
     def refuse(message):
         raise UsageError(message.removeprefix("argument "))
     def add(name, kind, text, default=None):
@@ -1031,7 +1016,6 @@ def parse_options(argv=None):
 def as_arguments(options):                       # dict(lr=0.1, fresh=True) -> --lr=0.1 --fresh
     return [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
             for name, value in options.items() if value is not None and value is not False]
-
 def Options(**given):                            # the same by name, checked in the same way
     return parse_options(as_arguments(given))
 
@@ -1128,10 +1112,10 @@ def read_file(path, kind=None):
         what = f"holds no finished {kind.__name__}" if kind else "is damaged or no file of sgu.py"
         raise UsageError(f"{path} {what}; choose another --out, or --fresh to overwrite") from None
 
-def finish(label, opt, job, **config):
-    """Run job from where its file in --out left it to its end, saving every 30 s -> the file, its
-    last state. job(state=...) is a generator of dict(step, steps, snapshot, ...); snapshot() is a
-    state to go on from. config: with opt, all that its numbers depend on."""
+def finish(label, opt, job, kind=None, **config):
+    """Run job from where its file in --out left it to its end, saving every 30 s -> what read_file
+    gives. job(state=...) yields dict(step, steps, snapshot, ...); snapshot() is a state to go on
+    from; config: what its numbers depend on."""
     path = f"{opt.out}/{label.removeprefix('train ').replace(' ', '_')}.pt"
     config.update(data=opt.checksum, forget=opt.forget, seed=opt.seed, precision=opt.precision)
     saved = dict(format="sgu-2", config=config, state=None, seconds=0.0)
@@ -1156,7 +1140,7 @@ def finish(label, opt, job, **config):
             say(f"{label:<28} {step}/{steps} {now - begin:5.0f} s, {left:.0f} s left  {note:<30}",
                 end="\r" if step < steps else "\n")
     opt.seconds[label] = saved["seconds"]
-    return path, saved["state"]
+    return read_file(path, kind)
 
 def load_model(path, device="cpu"):
     """A finished <method>.pt -> (network, schedule): make_score of these two is its score."""
@@ -1167,12 +1151,11 @@ def load_judge(path, device="cpu"):              # a finished judge.pt -> its Ju
     return read_file(path, Judge)["network"].to(device)
 
 def get_judge(opt, data):                        # trained now or earlier
-    network = dict(image_channels=data["train"].shape[1], classes=len(data["classes"]) + 1,
-                   width=opt.judge_width)
+    network = Judge(data["train"].shape[1], len(data["classes"]) + 1, opt.judge_width).config
     job = functools.partial(train_judge, data, opt.judge_width, opt.judge_steps, device=opt.device,
                             precision=opt.precision, seed=opt.seed)
-    path, _ = finish("judge", opt, job, steps=opt.judge_steps, network=network)
-    return load_judge(path, opt.device)
+    saved = finish("judge", opt, job, Judge, steps=opt.judge_steps, network=network)
+    return saved["network"].to(opt.device)
 
 def text_of(function):                           # a number that changes when a loss is edited
     try:
@@ -1181,11 +1164,11 @@ def text_of(function):                           # a number that changes when a 
         return getattr(function, "__name__", None)
 
 def get_model(method, opt, data):
-    """The averaged network of a method, trained now or earlier, and its config."""
+    """The averaged network of a method, trained now or earlier, and its config: see read_file."""
     how, sde, gone = METHODS[method], SCHEDULES[opt.sde](), is_forgotten(data, "train")
     standard, standard_score = opt.pretrained or f"{opt.out}/standard.pt", None
     if method == "standard" and opt.pretrained:
-        return load_model(standard, opt.device)[0], read_file(standard)["config"]
+        return read_file(standard, UNet)
     recipe, window = RECIPES[opt.recipe]._replace(precision=opt.precision), EVERY_SIGMA
     if opt.recipe == "balanced":
         std, window = opt.network["data_std"], how.window
@@ -1215,8 +1198,7 @@ def get_model(method, opt, data):
         arguments = how.prepare(standard_score, arguments)
     if opt.compile:
         model.compile()
-    path, _ = finish(f"train {method}", opt, functools.partial(train, **arguments), **config)
-    return load_model(path, opt.device)[0], config
+    return finish(f"train {method}", opt, functools.partial(train, **arguments), UNet, **config)
 
 def chunks(total, size, compute, state=None):
     """A job: compute(rows) for slices of range(total), joined in state["values"]."""
@@ -1226,8 +1208,7 @@ def chunks(total, size, compute, state=None):
     done = sum(map(len, values))
     while done < total:
         values.append(compute(slice(done, min(done + size, total))))
-        need(values[-1].isfinite().all(), "the network has diverged (NaN); train with a lower --lr",
-             FloatingPointError)
+        need(values[-1].isfinite().all(), "the network diverged; lower --lr", FloatingPointError)
         done += len(values[-1])
         yield dict(step=done, steps=total,
                    snapshot=lambda: dict(step=done, values=torch.cat(values)))
@@ -1259,7 +1240,7 @@ def values_of(method, network, opt, task, x, steps=None):
         return to_levels(reconstruct(score, sde, clean, generator=g))
     how.update(sde=opt.sde, network=checksum(network.state_dict().values()))
     job = functools.partial(chunks, n, size, compute)
-    return finish(f"{task} {method}", opt, job, **how)[1]["values"][:n]
+    return finish(f"{task} {method}", opt, job, **how)["state"]["values"][:n]
 
 def likelihoods(parts, make):
     """Bits/dim of parts D_g and D_f, in ever finer steps until the estimated error is below a tenth
@@ -1274,8 +1255,7 @@ def likelihoods(parts, make):
             se = float(bits.std()) / math.sqrt(len(x)) if len(x) > 1 else None
             done = error < 0.1 * (se or 0.1)
         entry[key], values[key] = float(bits.mean()), bits
-        found = dict(n=len(x), se=se, steps=steps, error=error, converged=done)
-        for name, value in found.items():
+        for name, value in dict(n=len(x), se=se, steps=steps, error=error, converged=done).items():
             entry[name][key] = value
     return entry, values
 
@@ -1346,20 +1326,19 @@ def save_table(results, out):
 def draw_picture(path, rows, judge, forget):
     """rows: {title: images (n, C, H, W) uint8} -> a PNG; what the judge calls forgotten framed."""
     from PIL import Image, ImageDraw
-    images, buffer = next(iter(rows.values())), io.BytesIO()
-    side = images.shape[2] * max(1, 56 // images.shape[2])        # small images are enlarged
-    size = 130 + len(images) * (side + 6), len(rows) * (side + 6)
-    page = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(page)
-    for row, (title, images) in enumerate(rows.items()):
-        pen.text((4, int((row + 0.4) * (side + 6))), title, fill="black")
-        for column, label in enumerate(opinions(judge, images)[0].argmax(1).tolist()):
-            x = images[column, :3] if images.shape[1] > 2 else images[column, :1].expand(3, -1, -1)
-            tile = Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()).resize((side, side), 0)
-            left, top = 130 + column * (side + 6), row * (side + 6)
-            if label in forget:
-                pen.rectangle((left, top, left + side + 5, top + side + 5), fill=(230, 159, 0))
-            page.paste(tile, (left + 3, top + 3))
+    strips, buffer = [], io.BytesIO()
+    for x in rows.values():
+        hit = torch.isin(opinions(judge, x)[0].argmax(1), torch.tensor(forget))[:, None]
+        x, zoom = x[:, :3] if x.shape[1] > 2 else x[:, :1], max(1, 56 // x.shape[2])
+        x = x.expand(-1, 3, -1, -1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+        colour = torch.where(hit, torch.tensor([230, 159, 0]), 255).byte()[:, :, None, None]
+        tiles = colour.repeat(1, 1, x.shape[2] + 6, x.shape[3] + 6)
+        tiles[:, :, 3:-3, 3:-3] = x
+        strips.append(F.pad(torch.cat(list(tiles), dim=2), (130, 0), value=255))
+    page = Image.fromarray(torch.cat(strips, dim=1).permute(1, 2, 0).contiguous().numpy())
+    for i, title in enumerate(rows):
+        at = 4, int((i + 0.4) * page.height / len(rows))
+        ImageDraw.Draw(page).text(at, title, fill="black")
     page.save(buffer, "PNG")
     replace_file(path, buffer.getvalue())
 
@@ -1389,9 +1368,9 @@ def run(opt, judge=None):
 
     methods, pairs, pictures = {}, {}, {}
     for method in opt.methods.split(","):
-        network, how = get_model(method, opt, data)
-        make, title = functools.partial(values_of, method, network, opt), METHODS[method].title
-        entry = dict(recipe={k: how[k] for k in ("alpha", "steps", "lr", "window")})
+        model, title = get_model(method, opt, data), METHODS[method].title
+        make = functools.partial(values_of, method, model["network"].to(opt.device), opt)
+        entry = dict(recipe={k: model["config"][k] for k in ("alpha", "steps", "lr", "window")})
         methods[method], pairs[method] = entry, {}
         if "sample" in opt.tasks:
             images = make("samples", data["test"])
