@@ -637,11 +637,11 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, s
     as check_training does, and FloatingPointError for a loss that is not finite."""
     check_training(keep, forget, forget_loss, alpha, window, steps)
     std = getattr(model, "data_std", 0.5) if data_std is None else data_std
-    weights = recipe.weighting
     score, average = (make_score(m, sde, std, recipe.precision) for m in (model, ema))
-    weights = weights if isinstance(weights, (tuple, list)) else (weights, weights)
+    both = recipe.weighting                                       # of keep and forget
+    both = both if isinstance(both, (tuple, list)) else (both, both)
     weights = [balanced_weight(sde, std, power) if weight == "balanced" else weight
-               for weight, power in zip(weights, (1.0, 0.5))]
+               for weight, power in zip(both, (1.0, 0.5))]
     def term(step, i, loss, data, sigmas):
         g = torch.Generator(data.device).manual_seed(2 * (seed * 1_000_003 + step) + i)
         x0 = data[torch.randint(len(data), (batch_size,), generator=g, device=data.device)]
@@ -976,16 +976,15 @@ def some_of(names):                              # the type of an option: some o
 
 def parse_options(argv=None):
     """argv -> the options of the command, checked. Raises UsageError."""
-    parser = argparse.ArgumentParser("sgu.py", description=__doc__.splitlines()[0],
-                                     allow_abbrev=False)
+    cli = argparse.ArgumentParser("sgu.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     def refuse(message):
         raise UsageError(message.removeprefix("argument "))
     def add(name, kind, text, default=None):
         how = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind)
         how = dict(action="store_true") if kind is bool else dict(how, metavar="X", default=default)
         text += f" [{default}]" if default else ""
-        parser.add_argument(f"--{name}", help=text.replace("%", "%%"), **how)
-    parser.error, count = refuse, within(int, 1)
+        cli.add_argument(f"--{name}", help=text.replace("%", "%%"), **how)
+    cli.error, count = refuse, within(int, 1)
     add("dataset", str, ", ".join(DATASETS) + ", or the path of an .npz", "glyphs")
     add("forget", str, "names or numbers of classes or attributes, as in 3,7")
     default = "standard,unseen,orthogonal,obtuse,relative"
@@ -1011,7 +1010,7 @@ def parse_options(argv=None):
     add("data-root", str, "folder of the data sets", "data")
     add("out", str, "folder of the results (default: runs/<dataset>-<forget>...)")
     add("fresh", bool, "overwrite what is in --out instead of going on from it")
-    return parser.parse_args(argv)
+    return cli.parse_args(argv)
 
 def as_arguments(options):                       # dict(lr=0.1, fresh=True) -> --lr=0.1 --fresh
     return [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
@@ -1174,9 +1173,8 @@ def get_model(method, opt, data):
         std, window = opt.network["data_std"], how.window
         weights = balanced_weight(sde, std), balanced_weight(sde, std, how.power)
         recipe = recipe._replace(noise_law=opt.noise_law, weighting=weights)
-    alpha = how.alpha if opt.alpha is None else opt.alpha
-    numbers = dict(alpha=alpha if how.loss else None, window=window, steps=opt.steps, lr=opt.lr,
-                   batch_size=opt.batch_size)
+    alpha = how.alpha if opt.alpha is None or not how.loss else opt.alpha
+    given = dict(alpha=alpha, window=window, steps=opt.steps, lr=opt.lr, batch_size=opt.batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(opt.seed)
         model = UNet(**opt.network).to(opt.device)
@@ -1184,14 +1182,14 @@ def get_model(method, opt, data):
         reference = load_model(standard, opt.device)[0]
         model.load_state_dict(reference.state_dict())
         standard_score = make_score(reference, sde, precision=opt.precision)
-        numbers["steps"] = opt.unlearn_steps or max(1, round(how.share * opt.steps))
-        numbers["lr"] *= how.pace
-    config = dict(numbers, method=method, sde=opt.sde, recipe=opt.recipe, power=how.power,
+        given["steps"] = opt.unlearn_steps or max(1, round(how.share * opt.steps))
+        given["lr"] *= how.pace
+    config = dict(given, method=method, sde=opt.sde, recipe=opt.recipe, power=how.power,
                   training=("retrain", "finetune")[from_standard(method, opt)], network=opt.network,
                   noise_law=recipe.noise_law, start=checksum(model.state_dict().values()),
                   loss=text_of(how.loss), prepare=text_of(how.prepare))
     keep, forget = data["train"] if how.keep == "D" else data["train"][~gone], data["train"][gone]
-    arguments = dict(numbers, model=model, ema=copy.deepcopy(model).requires_grad_(False), sde=sde,
+    arguments = dict(given, model=model, ema=copy.deepcopy(model).requires_grad_(False), sde=sde,
                      keep=keep.to(opt.device), forget=forget.to(opt.device) if how.loss else None,
                      forget_loss=how.loss, recipe=recipe, seed=opt.seed)
     if how.prepare:
@@ -1200,18 +1198,17 @@ def get_model(method, opt, data):
         model.compile()
     return finish(f"train {method}", opt, functools.partial(train, **arguments), UNet, **config)
 
-def chunks(total, size, compute, state=None):
-    """A job: compute(rows) for slices of range(total), joined in state["values"]."""
+def chunks(n, size, compute, state=None):
+    """A job: compute(rows) for slices of range(n), joined in state["values"]."""
     values = list(state["values"].split(size)) if state else []
-    if state and state["step"] < total and len(values[-1]) < size:
-        values.pop()                                              # as if total had always been so
+    if state and state["step"] < n and len(values[-1]) < size:
+        values.pop()                                              # as if n had always been so
     done = sum(map(len, values))
-    while done < total:
-        values.append(compute(slice(done, min(done + size, total))))
+    while done < n:
+        values.append(compute(slice(done, min(done + size, n))))
         need(values[-1].isfinite().all(), "the network diverged; lower --lr", FloatingPointError)
         done += len(values[-1])
-        yield dict(step=done, steps=total,
-                   snapshot=lambda: dict(step=done, values=torch.cat(values)))
+        yield dict(step=done, steps=n, snapshot=lambda: dict(step=done, values=torch.cat(values)))
 
 def upper_half_hidden(x):                        # of (..., H, W): the mask, 0 above and 1 below
     return (torch.arange(x.shape[-2]) >= x.shape[-2] // 2).float()[:, None].expand(x.shape[-2:])
@@ -1329,8 +1326,8 @@ def draw_picture(path, rows, judge, forget):
     strips, buffer = [], io.BytesIO()
     for x in rows.values():
         hit = torch.isin(opinions(judge, x)[0].argmax(1), torch.tensor(forget))[:, None]
-        x, zoom = x[:, :3] if x.shape[1] > 2 else x[:, :1], max(1, 56 // x.shape[2])
-        x = x.expand(-1, 3, -1, -1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+        x = x[:, :3] if x.shape[1] > 2 else x[:, :1].expand(-1, 3, -1, -1)
+        x = F.interpolate(x, scale_factor=max(1, 56 // x.shape[2]))
         colour = torch.where(hit, torch.tensor([230, 159, 0]), 255).byte()[:, :, None, None]
         tiles = colour.repeat(1, 1, x.shape[2] + 6, x.shape[3] + 6)
         tiles[:, :, 3:-3, 3:-3] = x
