@@ -1149,12 +1149,11 @@ def load_model(path, device="cpu"):
 def load_judge(path, device="cpu"):              # a finished judge.pt -> its Judge, for opinions
     return read_file(path, Judge)["network"].to(device)
 
-def get_judge(opt, data):                        # trained now or earlier
+def get_judge(opt, data):                        # trained now or earlier: what read_file gives
     network = Judge(data["train"].shape[1], len(data["classes"]) + 1, opt.judge_width).config
     job = functools.partial(train_judge, data, opt.judge_width, opt.judge_steps, device=opt.device,
                             precision=opt.precision, seed=opt.seed)
-    saved = finish("judge", opt, job, Judge, steps=opt.judge_steps, network=network)
-    return saved["network"].to(opt.device)
+    return finish("judge", opt, job, Judge, steps=opt.judge_steps, network=network)
 
 def text_of(function):                           # a number that changes when a loss is edited
     try:
@@ -1162,8 +1161,7 @@ def text_of(function):                           # a number that changes when a 
     except (OSError, TypeError):                                  # None, or typed in at a prompt
         return getattr(function, "__name__", None)
 
-def get_model(method, opt, data):
-    """The averaged network of a method, trained now or earlier, and its config: see read_file."""
+def get_model(method, opt, data):                # trained now or earlier: what read_file gives
     how, sde, gone = METHODS[method], SCHEDULES[opt.sde](), is_forgotten(data, "train")
     standard, standard_score = opt.pretrained or f"{opt.out}/standard.pt", None
     if method == "standard" and opt.pretrained:
@@ -1263,7 +1261,7 @@ def restored(before, after, labels, judge):      # what the judge sees after inp
                 clean=float((was.argmax(1) == labels).float().mean()),
                 distance=float((features - clean).norm(dim=1).mean()))
 
-def cells(entry):                                # a method's column of the table: {(section, row):}
+def cells(entry):                                # a method's column: {(section, row): text}
     def interval(value, ends, unit=100, form=".1f"):
         low, high = (f"{unit * v:{form}}" for v in ends or (math.nan, math.nan))
         return f"{unit * value:{form}} [{low}, {high}]"
@@ -1350,7 +1348,7 @@ def run(opt, judge=None):
     say(f"{data['name']}: forget {opt.forget} of {len(data['classes'])} classes, {opt.sde}, "
         f"{opt.steps} steps of {opt.batch_size}, {machine}, {opt.precision}; results in {opt.out}")
 
-    judge = get_judge(opt, data) if judge is None else judge
+    judge = get_judge(opt, data)["network"].to(opt.device) if judge is None else judge
     gone, forget = is_forgotten(data, "test"), torch.tensor(data["forget"])
     real = opinions(judge, data["train"][~is_forgotten(data, "train")][:opt.samples])[1]
     probs, features = opinions(judge, data["test"])
