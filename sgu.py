@@ -23,7 +23,7 @@ Part one is the method of the paper "Unlearning is better than unseen": 1 schedu
     e.z           the inner product over all pixels; losses divide it by D, so that they mean the
                   same for 2 and for 12,288 dimensions
 """
-import argparse, contextlib, copy, functools, inspect, io, json, math, os, pathlib, platform
+import argparse, contextlib, copy, functools, inspect, io, json, math, os, pathlib, platform, re
 import shlex, sys, time, zlib
 from typing import Any, NamedTuple
 import numpy as np
@@ -31,10 +31,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-def need(ok, message, error=ValueError):                          # raise error(message) unless ok
+class UsageError(ValueError):
+    """Something the user can mend; the command prints it as one line and exits with 2."""
+
+def need(ok, message, error=UsageError):                          # raise error(message) unless ok
     if not ok:
         raise error(message)
-
 def per_sample(v, x):                                             # (B,) -> (B, 1, ..., 1) to fit x
     return v.reshape(-1, *[1] * (x.dim() - 1))
 
@@ -42,9 +44,8 @@ def per_sample(v, x):                                             # (B,) -> (B, 
 # f = -beta(t) x / 2 is linear in x, so x_t = a x0 + s z with a' = -beta a / 2 and d(s^2)/dt =
 # -beta s^2 + g^2. The noise level sigma = s/a is the clock that all schedules share.
 class Schedule:
-    """A schedule defines marginal(t) -> a, s; diffusion(t) -> g; time(sigma), the t at which s/a is
-    sigma; and, unless a = 1, beta(t) with a' = -beta a/2. a(1) must stay above 0. Times and noise
-    levels are (B,), and so is what they give."""
+    """A schedule defines marginal(t) -> a, s; diffusion(t) -> g; time(sigma) -> t; and, unless a is
+    1, beta(t) with a' = -beta a/2. All are (B,); a(1) must stay above 0."""
     t_min = 0.0                                # the smallest t that training and samplers visit
     def beta(self, t):
         return torch.zeros_like(t)
@@ -62,8 +63,7 @@ class Schedule:
     def prior_sample(self, shape, generator=None, device=None):   # N(0, s(1)^2 I): a(1) is nearly 0
         return self.at(1)[1] * torch.randn(shape, generator=generator, device=device)
 
-    def prior_log_prob(self, x):
-        """log N(x; 0, s(1)^2 I), x: (B, ...) -> (B,) in nats, float64."""
+    def prior_log_prob(self, x):                                  # (B, ...) -> (B,) nats, float64
         x, s = x.double().flatten(1), self.at(1)[1]
         return -0.5 * (x / s).square().sum(1) - x.shape[1] * math.log(s * math.sqrt(2 * math.pi))
 
@@ -105,9 +105,8 @@ class VP(Schedule):
         return 2 * c / (self.beta_min + (self.beta_min ** 2 + 2 * self.slope * c).sqrt())
 
 class DDPM(VP):
-    """The chain x_k = sqrt(1 - beta_k) x_{k-1} + sqrt(beta_k) z, k = 1..n_steps (Appendix B).
-    At t = k/n_steps a^2 = prod_{j<=k} (1 - beta_j) is the chain's own. Between, log a is linear: a
-    VP process with piecewise constant beta, which all of this file accepts."""
+    """The chain x_k = sqrt(1 - beta_k) x_{k-1} + sqrt(beta_k) z, k = 1..n_steps (Appendix B), with
+    a^2 = prod_{j<=k} (1 - beta_j) at t = k/n_steps. Between, beta is constant: a VP process."""
     def __init__(self, n_steps=1000, beta_min=1e-4, beta_max=0.02):
         self.n_steps, self.t_min = n_steps, 1 / n_steps
         self.betas = torch.linspace(beta_min, beta_max, n_steps, dtype=torch.float64)
@@ -146,10 +145,9 @@ class Block(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
 class UNet(nn.Module):
-    """U-Net: images (B, C, H, W), log(sigma)/4 (B,), all it knows of t -> (B, C, H, W). channels: a
-    width per level; blocks: how many a level, one number or one per level; patch x patch pixels are
-    folded into channels first (2: a quarter of the cost); data_std: of the pixels, for make_score.
-    H and W must divide by patch * 2^(levels - 1)."""
+    """Images (B, C, H, W), log(sigma)/4 (B,), all it knows of t -> (B, C, H, W). channels: a width
+    per level; blocks: how many a level, one number or a list; patch x patch pixels are folded into
+    channels first (2: a quarter of the cost). H and W divide by patch * 2^(levels - 1)."""
     def __init__(self, image_channels=1, channels=(32, 64), blocks=1, patch=2, data_std=0.5):
         super().__init__()
         blocks = [blocks] * len(channels) if isinstance(blocks, int) else list(blocks)
@@ -292,10 +290,8 @@ def sgu_loss(keep_loss, forget_loss, alpha):                      # Eq. 11, of t
 # ==== 4. Samplers.  Eq. 4, from t = 1 down:  dx = [f(x, t) - g(t)^2 score(x, t)] dt + g(t) dw =====
 # A sampler steps from t down to t_next along a grid of times, and at its end takes the mean image
 # E[x0 | x_t], which removes the last, invisible noise. Times are float64, on the CPU.
-
 def time_grid(sde, steps, t_max=1.0, rho=7):
-    """steps + 1 times from t_max to t_min, even in sigma^(1/rho): short steps where sigma is small
-    (Karras et al. 2022)."""
+    """steps + 1 times, t_max to t_min, even in sigma^(1/rho) (Karras): small sigma, short steps."""
     need(steps >= 1, f"steps must be at least 1, not {steps}")
     ends = torch.tensor([t_max, sde.t_min], dtype=torch.float64)
     first, last = sde.sigma(ends) ** (1 / rho)
@@ -307,7 +303,6 @@ def time_grid(sde, steps, t_max=1.0, rho=7):
 
 def score_at(score, x, t):                                        # at one t for the whole batch x
     return score(x, torch.full((len(x),), float(t), dtype=x.dtype, device=x.device))
-
 def noise_like(x, generator):                                     # z ~ N(0, I) of the shape of x
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
@@ -321,8 +316,7 @@ def reverse_step(score, sde, x, t, t_next, generator):            # Euler-Maruya
     drift = sde.drift(x, t.reshape(1).to(x)) - g ** 2 * score_at(score, x, t)
     return x - drift * dt + g * math.sqrt(dt) * noise_like(x, generator)
 
-def langevin_step(score, sde, x, t, snr, generator):
-    """One corrector step, which leaves p_t as it is."""
+def langevin_step(score, sde, x, t, snr, generator):              # a corrector: p_t stays as it is
     eps = 2 * (snr * sde.at(t)[1]) ** 2       # not 2 (snr |z|/|score|)^2: unlearned scores reach 0
     return x + eps * score_at(score, x, t) + math.sqrt(2 * eps) * noise_like(x, generator)
 
@@ -377,9 +371,8 @@ def predictor_corrector(score, sde, shape, steps=100, snr=0.16, corrector_steps=
     return walk(step, score, sde, x, time_grid(sde, steps), generator)
 
 def ancestral_sample(score, sde, shape, steps=None, generator=None, device=None):
-    """Samples by ancestral_step. A DDPM takes steps of its chain, evenly spread, or all (None); the
-    last, to s = 0, is the mean image. VE and VP take 100 steps, if None. Raises ValueError for more
-    steps than the chain has."""
+    """Samples by ancestral_step: 100 steps (None), or a DDPM's whole chain; fewer are spread evenly
+    over it. The chain's last step, to s = 0, is the mean image. ValueError for more than it has."""
     n = getattr(sde, "n_steps", 100)
     steps = n if steps is None else steps
     grid = time_grid(sde, steps)
@@ -408,7 +401,6 @@ SAMPLERS = dict(em=euler_maruyama, pc=predictor_corrector, ancestral=ancestral_s
 #     dw/dl = b (e - b w),   div_w (dw/dl) = sigma div_y e - D b^2,   b = sigma/c
 # div_y e is the mean of v.(de/dy v), a vector-Jacobian product, over random signs v (Hutchinson).
 # They are drawn once and seeded by the image, so that no likelihood depends on the batch.
-
 def own_generators(x, generator):
     """One CPU generator per sample of x: (B, ...), seeded by it and by one draw from generator."""
     device = generator.device if generator else None
@@ -416,16 +408,9 @@ def own_generators(x, generator):
     rows = x.detach().cpu().float().numpy()
     return [torch.Generator().manual_seed(seed ^ zlib.crc32(row.tobytes())) for row in rows]
 
-def divergence(e, y, vectors, n):
-    """div_y e: (B,), float64, of e(y): (B, ...): v.(de/dy v), summed over vectors, divided by n."""
-    total = 0
-    for v in vectors:                                             # each (B, ...) or (1, ...)
-        product, = torch.autograd.grad((e * v).sum(), y, retain_graph=True)     # v (de/dy)
-        total = total + (product * v).flatten(1).sum(1).double() / n
-    return total
-
 def integrate_flow(score, sde, x, steps, vectors, n):
-    """log p(x): (B,) in nats, by Runge-Kutta steps along the flow, evenly spaced in log sigma."""
+    """log p(x): (B,) in nats, by Runge-Kutta steps along the flow, evenly spaced in log sigma.
+    div_y e is v.(de/dy v), summed over vectors: (B, ...) or (1, ...) each, and divided by n."""
     d, ends = x[0].numel(), torch.tensor([sde.t_min, 1.0], dtype=torch.float64)
     lo, hi = sde.sigma(ends).log().tolist()
     grid = sde.time(torch.linspace(lo, hi, 2 * steps + 1, dtype=torch.float64).exp())
@@ -436,7 +421,11 @@ def integrate_flow(score, sde, x, steps, vectors, n):
         y, b = (c * w).detach().requires_grad_(), sigma / c
         e = -s * score_at(score, a * y, grid[i])
         need(e.requires_grad, "a likelihood needs a score that is differentiable in x")
-        return b * (e.detach() - b * w), sigma * divergence(e, y, vectors, n) - d * b ** 2
+        divergence = 0
+        for v in vectors:
+            product, = torch.autograd.grad((e * v).sum(), y, retain_graph=True)     # v (de/dy)
+            divergence = divergence + (product * v).flatten(1).sum(1).double() / n
+        return b * (e.detach() - b * w), sigma * divergence - d * b ** 2
     first, last = (math.hypot(*sde.at(t)) for t in ends)          # a c, hence x = a c w
     w, log_p, h = x / first, 0.0, (hi - lo) / steps
     for i in range(0, 2 * steps, 2):
@@ -474,12 +463,9 @@ def to_levels(x):
     """Images, clamped to [-1, 1] -> their 8-bit levels 0..255, uint8 on the CPU."""
     need(not x.isnan().any(), "NaN images: train with a lower --lr", FloatingPointError)
     return ((x.clamp(-1, 1) + 1) * 128).floor().clamp(max=255).to(torch.uint8).cpu()
-
 def from_levels(x):                                               # uint8 -> the middle of the cell
     return (x + 0.5) / 128 - 1
-
-def dequantise(levels, generator=None):
-    """uint8 levels (B, ...) -> 2 (k + u)/256 - 1 in [-1, 1], u ~ U[0, 1) new at every call."""
+def dequantise(levels, generator=None):                           # uint8 -> anywhere in the cell
     jitter = torch.rand(levels.shape, generator=generator, device=levels.device)
     return (levels + jitter) / 128 - 1
 
@@ -605,8 +591,7 @@ def descend(model, ema, steps, lr, gradients, state=None):
         model.zero_grad(set_to_none=True)
         report = gradients(done)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        need(norm.isfinite(), f"step {done + 1}: the gradient is not finite; lower the rate",
-             FloatingPointError)
+        need(norm.isfinite(), f"infinite gradient in step {done + 1}: lower lr", FloatingPointError)
         warm = min((done + 1) / (steps // 20 + 1), 1)
         for optimiser in parts[2:]:
             optimiser.param_groups[0]["lr"] = lr * warm * (1 + math.cos(math.pi * done / steps)) / 2
@@ -622,10 +607,10 @@ def descend(model, ema, steps, lr, gradients, state=None):
 def check_training(keep, forget, forget_loss, alpha, window, steps):
     """Refuse what would train, but not what was meant: ValueError or TypeError."""
     for x in (keep,) if forget is None else (keep, forget):
-        kind, meant = x.dtype, x.dtype == torch.uint8 or x.is_floating_point()
-        need(meant, f"images must be uint8 levels, or floats in [-1, 1], not {kind}")
+        levels = x.dtype == torch.uint8
+        need(levels or x.is_floating_point(), f"images: uint8 levels or floats, not {x.dtype}")
         need(len(x) and x.isfinite().all(), "leave out images that contain NaN, but keep some")
-        need(x.dtype == torch.uint8 or x.abs().max() < 99, "levels 0..255 must be uint8")
+        need(levels or x.abs().max() < 99, "levels 0..255 must be uint8; floats are in [-1, 1]")
     need((forget is None) == (forget_loss is None), "forget and forget_loss belong together")
     need(forget is None or alpha is not None and 0 <= alpha < 1,
          f"alpha {alpha} must be in [0, 1), the weight of the keep loss, else nothing is forgotten")
@@ -635,8 +620,7 @@ def check_training(keep, forget, forget_loss, alpha, window, steps):
     try:
         inspect.signature(forget_loss or obtuse_loss).bind(0, 0, 0, t=0, weighting=0, generator=0)
     except TypeError as error:
-        name = getattr(forget_loss, "__name__", forget_loss)
-        raise TypeError(f"give {name} the signature of obtuse_loss: {error}") from None
+        raise TypeError(f"{forget_loss} needs the signature of obtuse_loss: {error}") from None
 
 def eq_11(model, keep_loss, forget_loss, alpha):                  # its gradients, into model
     sgu_loss(keep_loss, forget_loss, alpha).backward()
@@ -653,11 +637,11 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, s
     as check_training does, and FloatingPointError for a loss that is not finite."""
     check_training(keep, forget, forget_loss, alpha, window, steps)
     std = getattr(model, "data_std", 0.5) if data_std is None else data_std
-    weights = recipe.weighting
     score, average = (make_score(m, sde, std, recipe.precision) for m in (model, ema))
-    weights = weights if isinstance(weights, (tuple, list)) else (weights, weights)
+    both = recipe.weighting                                       # of keep and forget
+    both = both if isinstance(both, (tuple, list)) else (both, both)
     weights = [balanced_weight(sde, std, power) if weight == "balanced" else weight
-               for weight, power in zip(weights, (1.0, 0.5))]
+               for weight, power in zip(both, (1.0, 0.5))]
     def term(step, i, loss, data, sigmas):
         g = torch.Generator(data.device).manual_seed(2 * (seed * 1_000_003 + step) + i)
         x0 = data[torch.randint(len(data), (batch_size,), generator=g, device=data.device)]
@@ -666,9 +650,8 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, s
         value = loss(score, sde, x0, t=t, weighting=weights[i], generator=g)
         need(torch.is_tensor(value) and value.dim() == 0 and value.requires_grad,
              "a loss must return one differentiable number, the mean over the batch", TypeError)
-        if not value.isfinite():                                  # need would build the text always
-            raise FloatingPointError(f"the {('keep', 'forget')[i]} loss is {value.item()} at step "
-                                     f"{step + 1}; lower the learning rate, or raise alpha")
+        need(value.isfinite(), f"the {('keep', 'forget')[i]} loss is {value.item()} at step "
+             f"{step + 1}; lower the learning rate, or raise alpha", FloatingPointError)
         return value
     def gradients(step):
         kept, gone = term(step, 0, score_matching_loss, keep, EVERY_SIGMA), torch.zeros(())
@@ -680,73 +663,59 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, s
         return dict(keep=kept.item(), forget=gone.item(), score=average)
     return descend(model, ema, steps, lr, gradients, state)
 
-# ==================================================================================================
-# PART TWO: THE EXPERIMENT
-#
+# ==================================== PART TWO: THE EXPERIMENT ====================================
 # ==== 8. Data: uint8 tensors in memory, (N, C, H, W), with integer labels (N,) ====================
-
-class UsageError(ValueError):
-    """Something the user can mend; the command prints it as one line and exits with 2."""
-
-def require(ok, message):
-    need(ok, message, UsageError)
-
 DIGITS = [str(i) for i in range(10)]
 IDX = "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
-DATASETS = dict(    # name: (default --forget, default --sde, the files looked for in --data-root)
-    glyphs=("3,7", "ve", ""), mnist=("3,7", "ve", IDX),
-    fashion=("Sneaker", "ve", "Fashion" + IDX), kmnist=("0", "ve", "K" + IDX),
-    cifar10=("automobile,dog", "vp", "cifar-10-batches-py/{data_batch_1..5,test_batch,...}"),
-    stl10=("airplane", "vp", "stl10_binary/{train,test}_{X,y}.bin and class_names.txt"),
-    celeba=("Bangs", "vp", "celeba/{img_align_celeba/*.jpg,list_attr_celeba.txt,...}"))
+DATASETS = dict(    # name: (default --forget, default --sde, files in --data-root, torchvision's)
+    glyphs=("3,7", "ve", "", ""), mnist=("3,7", "ve", IDX, "MNIST"),
+    fashion=("Sneaker", "ve", "Fashion" + IDX, "FashionMNIST"),
+    kmnist=("0", "ve", "K" + IDX, "KMNIST"),
+    cifar10=("automobile,dog", "vp", "cifar-10-batches-py/{data_batch_1..5,...}", "CIFAR10"),
+    stl10=("airplane", "vp", "stl10_binary/{train,test}_{X,y}.bin and class_names.txt", "STL10"),
+    celeba=("Bangs", "vp", "celeba/{img_align_celeba/*.jpg,list_attr_celeba.txt,...}", "CelebA"))
 
 def load_data(name, root="data"):
     """One of DATASETS, downloaded below root if need be, or the path of an .npz (see as_data) ->
     dict(name, train, train_labels, test, test_labels, classes). Raises UsageError."""
     own = name.endswith(".npz") and os.path.exists(name)
-    require(own or name in DATASETS, f"--dataset: {name!r} is no .npz file nor in {[*DATASETS]}")
+    need(own or name in DATASETS, f"--dataset: {name!r} is no .npz file nor in {[*DATASETS]}")
     try:
-        if own:
-            with np.load(name) as arrays:
-                return as_data(pathlib.Path(name).stem, dict(arrays))
-        data = as_data(name, arrays_of(name, root))
-        for half in ("train", "test"):
+        arrays = dict(np.load(name)) if own else arrays_of(name, root)
+        data = as_data(pathlib.Path(name).stem, arrays)
+        for half in ("train", "test"):                            # a damaged download can look so
             blank = data[half].amax((1, 2, 3)) == data[half].amin((1, 2, 3))
-            need(blank.float().mean() < 0.01, "many images show nothing")
-            need(len(data[half + "_labels"].unique(dim=0)) > 1, "all labels are the same")
+            need(own or blank.float().mean() < 0.01, "many images show nothing")
+            need(own or len(data[half + "_labels"].unique(dim=0)) > 1, "all labels are the same")
         return data
     except Exception as error:                                    # numpy, torchvision: in many ways
         hint = ("is not what as_data in sgu.py describes" if own else "is missing or damaged, and "
                 f"cannot be downloaded; put {DATASETS[name][2]} into {root}")
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:250]
-        raise UsageError(f"{name} {hint} ({reason})") from None
+        reason = " ".join(str(error).split())[:250]
+        raise UsageError(f"{name} {hint} ({type(error).__name__}: {reason})") from None
 
 def arrays_of(name, root):
     """A data set of torchvision, or 12,000 + 2,000 glyphs, as the arrays of an .npz."""
     if name == "glyphs":
         images, labels = map(torch.cat, zip(draw_glyphs(12000, 0), draw_glyphs(2000, 1)))
         return dict(images=images[:, 0], labels=labels, split=np.repeat([0, 1], [12000, 2000]))
-    from torchvision import datasets as d
-    kind = dict(mnist=d.MNIST, fashion=d.FashionMNIST, kmnist=d.KMNIST, cifar10=d.CIFAR10,
-                stl10=d.STL10, celeba=d.CelebA)[name]
-    halves = [dict(split=half) if name in ("stl10", "celeba") else dict(train=half == "train")
-              for half in ("train", "test")]
+    from torchvision import datasets
+    halves = [dict(train=True), dict(train=False)]
+    if name in ("stl10", "celeba"):
+        halves = [dict(split="train"), dict(split="test")]
     with contextlib.redirect_stdout(io.StringIO()):               # it names every mirror it tries
-        parts = [kind(root, download=True, **half) for half in halves]
-    arrays = dict(split=np.repeat([0, 1], [len(part) for part in parts]))
+        parts = [getattr(datasets, DATASETS[name][3])(root, download=True, **how) for how in halves]
+    split = np.repeat([0, 1], [len(part) for part in parts])
     if name == "celeba":                                          # the face, by a box filter
         faces = [np.asarray(image.crop((15, 35, 163, 183)).resize((64, 64), 4))
                  for part in parts for image, _ in part]
-        return dict(arrays, images=np.stack(faces), attribute_names=parts[0].attr_names[:40],
+        return dict(images=np.stack(faces), split=split, attribute_names=parts[0].attr_names[:40],
                     attributes=np.concatenate([part.attr[:, :40] for part in parts]))
-    arrays.update(images=np.concatenate([part.data for part in parts]),
-                  class_names=DIGITS if name in ("mnist", "kmnist") else parts[0].classes)
-    if name == "stl10":
-        labels = [part.labels for part in parts]
-        arrays["images"] = arrays["images"].transpose(0, 2, 3, 1)
-    else:
-        labels = [part.targets for part in parts]
-    return dict(arrays, labels=np.concatenate(labels))
+    images = np.concatenate([part.data for part in parts])
+    labels = [part.labels if name == "stl10" else part.targets for part in parts]
+    return dict(images=images.transpose(0, 2, 3, 1) if name == "stl10" else images, split=split,
+                labels=np.concatenate(labels),
+                class_names=DIGITS if name in ("mnist", "kmnist") else parts[0].classes)
 
 def as_data(source, arrays):
     """The arrays of an .npz -> what load_data returns. images: uint8, (N, H, W) or (N, H, W, C);
@@ -767,9 +736,9 @@ def as_data(source, arrays):
     names = [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in names]
     need(count <= len(names) and (many or y.min() >= 0),
          f"{key} count from 0, and {len(names)} names do not fit {y.min()}..{count - 1}")
-    names = [" ".join(v.replace(",", " ").replace("|", " ").split()) for v in names]
-    for i, v in enumerate(names):
-        names[i] = f"class {v or i}" if v in ("", "total", "n", "ci95") else v
+    names = [re.sub(r"[\s,|]+", " ", v).strip() for v in names]
+    names = [f"class {v or i}" if v in ("", "total", "n", "ci95") else v
+             for i, v in enumerate(names)]                        # the results have such keys
     names = [f"{v} ({i})" if names.count(v) > 1 else v for i, v in enumerate(names)]
     x = torch.from_numpy(x.reshape(*x.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()
     y = torch.from_numpy(y > 0 if many else y.astype(np.int64))
@@ -807,38 +776,34 @@ def draw_glyphs(n, seed, side=28):
 def choose(data, forget):
     """What to forget: '3,7', 'automobile,dog', 'Bangs' (names in any case, or numbers). Adds chosen
     (names), forget (classes), checksum; attributes become two classes, 'no Bangs' and 'Bangs'."""
-    names, numbers = data["classes"], []
+    names, numbers, data = data["classes"], [], dict(data)
     for word in [word.strip() for word in forget.split(",")]:
         found = [i for i, name in enumerate(names) if name == word]
         found = found or [i for i, v in enumerate(names) if word.lower() in (v.lower(), str(i))]
-        require(len(found) == 1 and found[0] not in numbers, f"--forget {forget}: {word!r} must be "
-                f"one class, once, of {', '.join(names)}, or its number from 0")
+        need(len(found) == 1 and found[0] not in numbers, f"--forget {forget}: {word!r} must be "
+             f"one class, once, of {', '.join(names)}, or its number from 0")
         numbers += found
-    data = dict(data, chosen=",".join(names[i] for i in numbers), forget=numbers)
+    data.update(chosen=",".join(names[i] for i in numbers), forget=numbers)
     if data["train_labels"].dim() == 2:
         yes = data["chosen"].replace(",", "+")
         data.update(classes=[f"no {yes}", yes], forget=[1])
         for key in ("train_labels", "test_labels"):
             data[key] = data[key][:, numbers].any(1).long()
     for key in ("train", "test"):
-        require(0 < is_forgotten(data, key).sum() < len(data[key]), f"--forget {forget}: of the "
-                f"{key} images nothing would be forgotten, or nothing would be left")
+        need(0 < is_forgotten(data, key).sum() < len(data[key]),
+             f"--forget {forget}: nothing to forget, or nothing else, among the {key} images")
     return dict(data, checksum=checksum(v for v in data.values() if torch.is_tensor(v)))
 
-def is_forgotten(data, key):
-    """(N,) bool: which of data['train'] or data['test'] are to be forgotten."""
+def is_forgotten(data, key):                     # which of data['train'] or data['test']: (N,) bool
     return torch.isin(data[key + "_labels"], torch.tensor(data["forget"]))
 
-def checksum(tensors):
-    """One number for the content of tensors."""
+def checksum(tensors):                           # one number for their content
     arrays = (tensor.detach().cpu().contiguous().numpy() for tensor in tensors)
     return functools.reduce(lambda crc, array: zlib.crc32(array, crc), arrays, 0)
 
 # ==== 9. The judge: a classifier of the real images, with one more class, "none of these" =========
-#
 # It says what a sample shows (the unlearning ratio), whether it shows anything, and by its features
 # how far samples are from real images: NOT the FID, which has another network.
-
 class Residual(nn.Sequential):
     def forward(self, x):
         return x + super().forward(x)
@@ -859,12 +824,9 @@ class Judge(nn.Module):
             Residual(conv(8 * w, 8 * w), conv(8 * w, 8 * w)))
         self.head = nn.Linear(8 * w, classes)
         self.to(memory_format=torch.channels_last)
-
-    def features(self, x):
-        """(B, C, H, W) -> (B, 8 width)."""
+    def features(self, x):                                        # (B, C, H, W) -> (B, 8 width)
         large, x = x.shape[2] > 32, self.stem(x.contiguous(memory_format=torch.channels_last))
         return self.body(F.max_pool2d(x, 2) if large else x).amax((2, 3))   # 64 pixels: then as 32
-
     def forward(self, x):
         return self.head(self.features(x))
 
@@ -914,13 +876,12 @@ def train_judge(data, width=16, steps=1000, lr=4e-3, batch_size=256, precision="
 def opinions(judge, x):
     """x: (N, C, H, W) uint8 -> probabilities (N, K) and features (N, F), float32 on the CPU."""
     need(x.dtype == torch.uint8, f"judge uint8 levels, not {x.dtype}; see to_levels")
-    p, probs, features = next(judge.parameters()), [], []
+    p, parts = next(judge.parameters()), []
     judge.eval()
     for part in x.split(500):
-        f = judge.features(part.to(p.device, p.dtype) / 127.5 - 1)
-        features.append(f.float().cpu())
-        probs.append(judge.head(f).softmax(1).float().cpu())
-    return torch.cat(probs), torch.cat(features)
+        features = judge.features(part.to(p.device, p.dtype) / 127.5 - 1)
+        parts.append((judge.head(features).softmax(1).float().cpu(), features.float().cpu()))
+    return tuple(map(torch.cat, zip(*parts)))
 
 def wilson(k, n, z=1.959964):
     """95% interval [lo, hi] of a proportion k/n (Wilson), fractions."""
@@ -943,9 +904,8 @@ def frechet(f1, f2):
     return max(float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross), 0.0)
 
 def judged(probs, features, data, reference, real=None):
-    """What the results say of images. probs: (N, K), features: (N, F); reference: features of real
-    images of D_g, to which the distance is; real: more of them, of which as many as were kept are
-    measured too, since the distance is biased by n. Shares are in [0, 1]."""
+    """What the results say of images, shares in [0, 1]. probs: (N, K), features: (N, F); reference,
+    real: of real images of D_g, as many of real as were kept, since the distance is biased by n."""
     n, names, label = len(probs), data["classes"], probs.argmax(1)
     hit, none = torch.isin(label, torch.tensor(data["forget"])), label >= len(names)
     share, k = {v: int((label == c).sum()) / n for c, v in enumerate(names)}, int(hit.sum())
@@ -958,7 +918,6 @@ def judged(probs, features, data, reference, real=None):
                 frechet_real=None if real is None else distance(real[:n - k]))
 
 # ==== 10. The command: python sgu.py --dataset mnist --forget 3,7 =================================
-
 class Method(NamedTuple):
     """A way to make a model."""
     title: str
@@ -1000,36 +959,31 @@ PRESETS = {         # (data set or largest side of the image, device): COLUMNS
     (64, "cpu"): ((32, 64, 128), 1, 2, *PHOTO, 4000, 32, 4e-3, 500, 50, 16, 1500),
     (64, "cuda"): ((96, 192, 384), 1, 2, *PHOTO, 20000, 128, 3e-3, 10000, 250, 64, 4000)}
 
-def within(kind, low, high=2**31 - 1):
-    """What an option may be: a number in [low, high]."""
+def within(kind, low, high=2**31 - 1):           # the type of an option: a number in [low, high]
     def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
+        need(low <= kind(text) <= high, f"{text} not in {low}..{high}", argparse.ArgumentTypeError)
         return kind(text)
     return number
 
-def some_of(names):
-    """What an option may be: some of names, separated by commas."""
+def some_of(names):                              # the type of an option: some of names, with commas
     def check(text):
         words = [word.strip() for word in text.split(",")]
-        for word in words:
-            need(word in names and words.count(word) == 1, f"{word!r} must be one of "
-                 f"{', '.join(names)}, once", argparse.ArgumentTypeError)
+        need({*words} <= {*names} and len({*words}) == len(words),
+             f"{text!r} must be some of {','.join(names)}, each once", argparse.ArgumentTypeError)
         return ",".join(words)
     return check
 
 def parse_options(argv=None):
     """argv -> the options of the command, checked. Raises UsageError."""
-    parser = argparse.ArgumentParser("sgu.py", allow_abbrev=False,
-                                     description=__doc__.splitlines()[0])
+    cli = argparse.ArgumentParser("sgu.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     def refuse(message):
         raise UsageError(message.removeprefix("argument "))
     def add(name, kind, text, default=None):
         how = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind)
         how = dict(action="store_true") if kind is bool else dict(how, metavar="X", default=default)
         text += f" [{default}]" if default else ""
-        parser.add_argument(f"--{name}", help=text.replace("%", "%%"), **how)
-    parser.error, count = refuse, within(int, 1)
+        cli.add_argument(f"--{name}", help=text.replace("%", "%%"), **how)
+    cli.error, count = refuse, within(int, 1)
     add("dataset", str, ", ".join(DATASETS) + ", or the path of an .npz", "glyphs")
     add("forget", str, "names or numbers of classes or attributes, as in 3,7")
     default = "standard,unseen,orthogonal,obtuse,relative"
@@ -1055,19 +1009,15 @@ def parse_options(argv=None):
     add("data-root", str, "folder of the data sets", "data")
     add("out", str, "folder of the results (default: runs/<dataset>-<forget>...)")
     add("fresh", bool, "overwrite what is in --out instead of going on from it")
-    return parser.parse_args(argv)
+    return cli.parse_args(argv)
 
-def Options(**given):
-    """The options of the command by name, in Python: checked as on the command line."""
-    return parse_options(as_arguments(given))
-
-def as_arguments(options):
-    """dict(lr=0.1, fresh=True) -> ['--lr=0.1', '--fresh']; None and False are left out."""
+def as_arguments(options):                       # dict(lr=0.1, fresh=True) -> --lr=0.1 --fresh
     return [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
             for name, value in options.items() if value is not None and value is not False]
+def Options(**given):                            # the same by name, checked in the same way
+    return parse_options(as_arguments(given))
 
-def describe(device):
-    """The machine in words, for the results."""
+def describe(device):                            # the machine in words, for the results
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     path = pathlib.Path("/proc/cpuinfo")
@@ -1076,20 +1026,19 @@ def describe(device):
     fast = ", bfloat16" if "amx_bf16" in info or "avx512_bf16" in info else ""
     return f"{name}, {torch.get_num_threads()} threads{fast}"
 
-def from_standard(method, opt):
-    """Is this method trained on from Standard?"""
+def from_standard(method, opt):                  # is this method trained on from Standard?
     return (METHODS[method].start or {"finetune": "standard"}.get(opt.training)) == "standard"
 
 def resolve(opt):
     """Options with nothing left open -> (opt, data). Raises UsageError before any work is done."""
     opt, cuda = Options(**vars(opt)), torch.cuda.is_available()
-    require(opt.device != "cuda" or cuda, "--device cuda: this machine or build of torch has none")
+    need(opt.device != "cuda" or cuda, "--device cuda: this machine or build of torch has none")
     opt.device = ("cuda" if cuda else "cpu") if opt.device == "auto" else opt.device
     fast = opt.device == "cuda" or "bfloat16" in describe("cpu")
     opt.precision = opt.precision or ("bfloat16" if fast else "float32")
     methods = opt.methods.split(",")
-    if "standard" in methods or any(from_standard(m, opt) for m in methods):
-        methods = dict.fromkeys(["standard", *methods])
+    if any(m == "standard" or from_standard(m, opt) for m in methods):
+        methods = dict.fromkeys(["standard", *methods])           # the first, and once
     opt.methods = ",".join(methods)
     for how in [METHODS[m] for m in methods if METHODS[m].loss]:  # what train would refuse too late
         alpha = how.alpha if opt.alpha is None else opt.alpha
@@ -1099,42 +1048,40 @@ def resolve(opt):
         except (ValueError, TypeError) as error:
             raise UsageError(f"--methods: {how.title}: {error}") from None
     data = load_data(opt.dataset, opt.data_root)
-    forget, sde, _ = DATASETS.get(opt.dataset, (None, "vp", ""))
+    forget, sde, *_ = DATASETS.get(opt.dataset, (None, "vp"))
     forget = forget if opt.forget is None else opt.forget
-    require(forget is not None, "--forget: say what to forget, for instance --forget 3,7")
+    need(forget is not None, "--forget: say what to forget, for instance --forget 3,7")
     data = choose(data, forget)
     opt.forget, opt.checksum = data["chosen"], data["checksum"]   # ' 3, 7' and '3,7' are one run
     name = [data["name"], opt.forget.replace("/", "-"), opt.sde, opt.training, opt.recipe]
     name = "-".join(v for v in name if v not in (None, sde, "finetune", "balanced"))
     opt.sde, opt.out = opt.sde or sde, opt.out or str(pathlib.Path("runs", name))
     _, channels, side, _ = data["train"].shape
-    size = next(size for size, device in PRESETS if device == opt.device and (
+    preset = next(row for (size, device), row in PRESETS.items() if device == opt.device and (
         size == data["name"] or isinstance(size, int) and side <= size))
-    preset = dict(zip(COLUMNS, PRESETS[size, opt.device]))
+    preset = dict(zip(COLUMNS, preset))
     preset["steps"] = preset["steps"] if fast else preset["steps"] * 6 // 10      # in the same time
+    preset["sampler_steps"] = SAMPLER_STEPS[opt.sampler or preset["sampler"]]
     opt.network = UNet(channels, *(preset.pop(key) for key in COLUMNS[:4])).config
     for key, value in preset.items():
         setattr(opt, key, getattr(opt, key, None) or value)
-    opt.sampler_steps = opt.sampler_steps or SAMPLER_STEPS[opt.sampler]
-    require((opt.sampler, opt.sde) != ("ancestral", "ddpm") or opt.sampler_steps <= 1000,
-            f"--sampler-steps: the chain has 1000 steps, not {opt.sampler_steps}")
+    need((opt.sampler, opt.sde) != ("ancestral", "ddpm") or opt.sampler_steps <= 1000,
+         f"--sampler-steps: the chain has 1000 steps, not {opt.sampler_steps}")
     if opt.pretrained:
         model, schedule = load_model(opt.pretrained)
         opt.network = model.config
-        require(type(schedule) is SCHEDULES[opt.sde] and model.config["image_channels"] == channels,
-                f"--pretrained {opt.pretrained}: is no model of such images with --sde {opt.sde}")
+        need(type(schedule) is SCHEDULES[opt.sde] and model.config["image_channels"] == channels,
+             f"--pretrained {opt.pretrained}: is no model of such images with --sde {opt.sde}")
     unit = opt.network["patch"] * 2 ** (len(opt.network["channels"]) - 1)
-    require(side % unit == 0 and side >= 8, f"{data['name']}: images are {side} pixels wide; "
-            f"they must be 8 or more, a multiple of {unit}")
+    need(side % unit == 0 and side >= 8, f"{data['name']}: images are {side} pixels wide; "
+         f"they must be 8 or more, a multiple of {unit}")
     return opt, data
 
-def say(text, end="\n"):
-    """Print to standard error, if there is one."""
+def say(text, end="\n"):                         # to standard error, if there is one
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=sys.stderr or io.StringIO(), flush=True)
 
-def replace_file(path, content):
-    """Write bytes under another name, then rename: a kill leaves the old file or the new one."""
+def replace_file(path, content):                 # bytes; a kill leaves the old file or the new one
     path = pathlib.Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")     # two runs may share a folder
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1150,33 +1097,34 @@ def save_json(path, content):
 def read_file(path, kind=None):
     """What finish wrote: dict(format, config, state, seconds); of a finished network of this kind
     also network: with the averaged weights, frozen. Raises UsageError for anything else."""
-    require(os.path.exists(path), f"there is no file {path}")
+    need(os.path.exists(path), f"there is no file {path}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         need(saved["format"] == "sgu-2" and saved["state"]["step"] > 0, "")
         if kind:
+            need("parts" not in saved["state"], "")               # else it is not finished
             saved["network"] = kind(**saved["config"]["network"]).eval().requires_grad_(False)
             saved["network"].load_state_dict(saved["state"]["weights"])
-            need("parts" not in saved["state"], "")
         return saved
     except Exception:                                             # unpickling fails in many ways
         what = f"holds no finished {kind.__name__}" if kind else "is damaged or no file of sgu.py"
         raise UsageError(f"{path} {what}; choose another --out, or --fresh to overwrite") from None
 
-def finish(label, path, config, job, fresh=False, seconds=None):
-    """Run job from where the file path left it to its end, saving every 30 s -> its last state.
-    job(state=...) is a generator of dict(step, steps, snapshot, ...); snapshot() is a state to go
-    on from. fresh: ignore the file; seconds: a dict to note in, by label, how long it took."""
+def finish(label, opt, job, kind=None, **config):
+    """Run job from where its file in --out left it to its end, saving every 30 s -> what read_file
+    gives. job(state=...) yields dict(step, steps, snapshot, ...); snapshot() is a state to go on
+    from; config: what its numbers depend on."""
+    path = f"{opt.out}/{label.removeprefix('train ').replace(' ', '_')}.pt"
+    config.update(data=opt.checksum, forget=opt.forget, seed=opt.seed, precision=opt.precision)
     saved = dict(format="sgu-2", config=config, state=None, seconds=0.0)
-    if os.path.exists(path) and not fresh:
+    if os.path.exists(path) and not opt.fresh:
         saved = read_file(path)
         old = saved["config"]
         new = "; ".join(f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v)
-        require(not new, f"{path} was made with other options ({new}); use those, another --out, "
-                "or --fresh to overwrite it")
+        need(not new, f"{path} was made with other options ({new}); use those, another --out, or "
+             "--fresh to overwrite it")
     begin = last = time.time()
     first = saved["state"]["step"] if saved["state"] else 0
-    live = sys.stderr and sys.stderr.isatty()
     for info in job(state=saved["state"]):
         now, step, steps = time.time(), info["step"], info["steps"]
         if step >= steps or now - last > 30:
@@ -1184,59 +1132,46 @@ def finish(label, path, config, job, fresh=False, seconds=None):
             buffer, last = io.BytesIO(), now                      # a full disk is then an OSError
             torch.save(saved, buffer)
             replace_file(path, buffer.getbuffer())
-        if live or step >= steps:
+        if step >= steps or sys.stderr and sys.stderr.isatty():
             left = (now - begin) / (step - first) * (steps - step)
             note = " ".join(f"{k} {v:.4f}" for k, v in info.items() if isinstance(v, float))
             say(f"{label:<28} {step}/{steps} {now - begin:5.0f} s, {left:.0f} s left  {note:<30}",
                 end="\r" if step < steps else "\n")
-    if seconds is not None:
-        seconds[label] = saved["seconds"]
-    return saved["state"]
-
-def stage(label, opt, job, **config):
-    """Finish a job of this run -> its file in --out, its state."""
-    path = f"{opt.out}/{label.removeprefix('train ').replace(' ', '_')}.pt"
-    config.update(data=opt.checksum, forget=opt.forget, seed=opt.seed, precision=opt.precision)
-    return path, finish(label, path, config, job, opt.fresh, opt.seconds)
+    opt.seconds[label] = saved["seconds"]
+    return read_file(path, kind)
 
 def load_model(path, device="cpu"):
     """A finished <method>.pt -> (network, schedule): make_score of these two is its score."""
     saved = read_file(path, UNet)
     return saved["network"].to(device), SCHEDULES[saved["config"]["sde"]]()
 
-def load_judge(path, device="cpu"):
-    """A finished judge.pt -> its Judge, for opinions(judge, images)."""
+def load_judge(path, device="cpu"):              # a finished judge.pt -> its Judge, for opinions
     return read_file(path, Judge)["network"].to(device)
 
-def get_judge(opt, data):
-    """The judge of this run, trained now or earlier."""
+def get_judge(opt, data):                        # trained now or earlier: what read_file gives
     network = Judge(data["train"].shape[1], len(data["classes"]) + 1, opt.judge_width).config
     job = functools.partial(train_judge, data, opt.judge_width, opt.judge_steps, device=opt.device,
                             precision=opt.precision, seed=opt.seed)
-    path, _ = stage("judge", opt, job, steps=opt.judge_steps, network=network)
-    return load_judge(path, opt.device)
+    return finish("judge", opt, job, Judge, steps=opt.judge_steps, network=network)
 
-def text_of(function):
-    """A number that changes with the text of a function: an edited loss is another run."""
+def text_of(function):                           # a number that changes when a loss is edited
     try:
         return zlib.crc32(inspect.getsource(function).encode())
     except (OSError, TypeError):                                  # None, or typed in at a prompt
         return getattr(function, "__name__", None)
 
-def get_model(method, opt, data):
-    """The averaged network of a method, trained now or earlier, and its config."""
+def get_model(method, opt, data):                # trained now or earlier: what read_file gives
     how, sde, gone = METHODS[method], SCHEDULES[opt.sde](), is_forgotten(data, "train")
     standard, standard_score = opt.pretrained or f"{opt.out}/standard.pt", None
     if method == "standard" and opt.pretrained:
-        return load_model(standard, opt.device)[0], read_file(standard)["config"]
+        return read_file(standard, UNet)
     recipe, window = RECIPES[opt.recipe]._replace(precision=opt.precision), EVERY_SIGMA
     if opt.recipe == "balanced":
         std, window = opt.network["data_std"], how.window
         weights = balanced_weight(sde, std), balanced_weight(sde, std, how.power)
         recipe = recipe._replace(noise_law=opt.noise_law, weighting=weights)
-    alpha = how.alpha if opt.alpha is None else opt.alpha
-    numbers = dict(alpha=alpha if how.loss else None, window=window, steps=opt.steps, lr=opt.lr,
-                   batch_size=opt.batch_size)
+    alpha = how.alpha if opt.alpha is None or not how.loss else opt.alpha
+    given = dict(alpha=alpha, window=window, steps=opt.steps, lr=opt.lr, batch_size=opt.batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(opt.seed)
         model = UNet(**opt.network).to(opt.device)
@@ -1244,39 +1179,35 @@ def get_model(method, opt, data):
         reference = load_model(standard, opt.device)[0]
         model.load_state_dict(reference.state_dict())
         standard_score = make_score(reference, sde, precision=opt.precision)
-        numbers["steps"] = opt.unlearn_steps or max(1, round(how.share * opt.steps))
-        numbers["lr"] *= how.pace
-    config = dict(numbers, method=method, sde=opt.sde, recipe=opt.recipe, power=how.power,
+        given["steps"] = opt.unlearn_steps or max(1, round(how.share * opt.steps))
+        given["lr"] *= how.pace
+    config = dict(given, method=method, sde=opt.sde, recipe=opt.recipe, power=how.power,
                   training=("retrain", "finetune")[from_standard(method, opt)], network=opt.network,
                   noise_law=recipe.noise_law, start=checksum(model.state_dict().values()),
                   loss=text_of(how.loss), prepare=text_of(how.prepare))
     keep, forget = data["train"] if how.keep == "D" else data["train"][~gone], data["train"][gone]
-    arguments = dict(numbers, model=model, ema=copy.deepcopy(model).requires_grad_(False), sde=sde,
+    arguments = dict(given, model=model, ema=copy.deepcopy(model).requires_grad_(False), sde=sde,
                      keep=keep.to(opt.device), forget=forget.to(opt.device) if how.loss else None,
                      forget_loss=how.loss, recipe=recipe, seed=opt.seed)
     if how.prepare:
         arguments = how.prepare(standard_score, arguments)
     if opt.compile:
         model.compile()
-    path, _ = stage(f"train {method}", opt, functools.partial(train, **arguments), **config)
-    return load_model(path, opt.device)[0], config
+    return finish(f"train {method}", opt, functools.partial(train, **arguments), UNet, **config)
 
-def chunks(total, size, compute, state=None):
-    """A job: compute(rows) for slices of range(total), joined in state["values"]."""
+def chunks(n, size, compute, state=None):
+    """A job: compute(rows) for slices of range(n), joined in state["values"]."""
     values = list(state["values"].split(size)) if state else []
-    if state and state["step"] < total and len(values[-1]) < size:
-        values.pop()                                              # as if total had always been so
+    if state and state["step"] < n and len(values[-1]) < size:
+        values.pop()                                              # as if n had always been so
     done = sum(map(len, values))
-    while done < total:
-        values.append(compute(slice(done, min(done + size, total))))
-        need(values[-1].isfinite().all(), "the network has diverged (NaN); train with a lower --lr",
-             FloatingPointError)
+    while done < n:
+        values.append(compute(slice(done, min(done + size, n))))
+        need(values[-1].isfinite().all(), "the network diverged; lower --lr", FloatingPointError)
         done += len(values[-1])
-        yield dict(step=done, steps=total,
-                   snapshot=lambda: dict(step=done, values=torch.cat(values)))
+        yield dict(step=done, steps=n, snapshot=lambda: dict(step=done, values=torch.cat(values)))
 
-def upper_half_hidden(x):
-    """The mask of the inpainting task for images x: (..., H, W): 0 on the upper half, 1 below."""
+def upper_half_hidden(x):                        # of (..., H, W): the mask, 0 above and 1 below
     return (torch.arange(x.shape[-2]) >= x.shape[-2] // 2).float()[:, None].expand(x.shape[-2:])
 
 def values_of(method, network, opt, task, x, steps=None):
@@ -1292,9 +1223,9 @@ def values_of(method, network, opt, task, x, steps=None):
         place = opt.seed * 1_000_003 + (0 if exact else rows.start)
         g = torch.Generator(opt.device).manual_seed(place)
         if task == "samples":
-            draw = functools.partial(SAMPLERS[opt.sampler], generator=g, device=opt.device)
             shape = (rows.stop - rows.start, *x.shape[1:])
-            return to_levels(draw(score, sde, shape, opt.sampler_steps))
+            return to_levels(SAMPLERS[opt.sampler](score, sde, shape, opt.sampler_steps,
+                                                   generator=g, device=opt.device))
         clean = from_levels(x[rows].to(opt.device))
         if exact:
             return bits_per_dim(score, sde, clean, steps, generator=g).cpu()
@@ -1303,7 +1234,7 @@ def values_of(method, network, opt, task, x, steps=None):
         return to_levels(reconstruct(score, sde, clean, generator=g))
     how.update(sde=opt.sde, network=checksum(network.state_dict().values()))
     job = functools.partial(chunks, n, size, compute)
-    return stage(f"{task} {method}", opt, job, **how)[1]["values"][:n]
+    return finish(f"{task} {method}", opt, job, **how)["state"]["values"][:n]
 
 def likelihoods(parts, make):
     """Bits/dim of parts D_g and D_f, in ever finer steps until the estimated error is below a tenth
@@ -1318,21 +1249,18 @@ def likelihoods(parts, make):
             se = float(bits.std()) / math.sqrt(len(x)) if len(x) > 1 else None
             done = error < 0.1 * (se or 0.1)
         entry[key], values[key] = float(bits.mean()), bits
-        found = dict(n=len(x), se=se, steps=steps, error=error, converged=done)
-        for name, value in found.items():
+        for name, value in dict(n=len(x), se=se, steps=steps, error=error, converged=done).items():
             entry[name][key] = value
     return entry, values
 
-def restored(before, after, labels, judge):
-    """What the judge sees in images after inpaint or reconstruct: an entry of the results."""
+def restored(before, after, labels, judge):      # what the judge sees after inpaint or reconstruct
     (was, clean), (now, features) = opinions(judge, before), opinions(judge, after)
     right, n = int((now.argmax(1) == labels).sum()), len(labels)
     return dict(accuracy=right / n, ci95=wilson(right, n), n=n,
                 clean=float((was.argmax(1) == labels).float().mean()),
                 distance=float((features - clean).norm(dim=1).mean()))
 
-def cells(entry):
-    """What the table says of one method: {(section, row): text}."""
+def cells(entry):                                # a method's column: {(section, row): text}
     def interval(value, ends, unit=100, form=".1f"):
         low, high = (f"{unit * v:{form}}" for v in ends or (math.nan, math.nan))
         return f"{unit * value:{form}} [{low}, {high}]"
@@ -1349,49 +1277,43 @@ def cells(entry):
         error = "" if nll["se"][row] is None else f" ± {nll['se'][row]:.2f}"
         error += "" if nll["converged"][row] else " not converged"
         found["NLL, bits/dim", row] = f"{nll[row]:.2f}{error}"
-    for task in [task for task in ("inpaint", "reconstruct") if task in entry]:
-        for row, v in entry[task].items():
+    for task in ("inpaint", "reconstruct"):
+        for row, v in entry.get(task, {}).items():
             found[f"{task}, % right", row] = interval(v["accuracy"], v["ci95"])
-    for other in [key for key in entry if key.startswith("minus ")]:
-        for row, v in entry[other].items():
+    for other in ("minus unseen", "minus standard"):
+        for row, v in entry.get(other, {}).items():
             how = (100, "+.1f") if row == "ratio" else (1, "+.2f")
             found[other, row] = interval(v["mean"], v["ci95"], *how)
     return found
 
-def make_table(results):
-    """results.json turned on its side: rows of cells, a column per method, and under a row the
-    paper's, where notebooks/paper.json is at hand and has it."""
+def save_table(results, out):
+    """results.json turned on its side, into table.md and to standard output: a column per method,
+    and under a row the paper's, where notebooks/paper.json is at hand and has it."""
     config, path = results["config"], pathlib.Path(__file__).with_name("notebooks") / "paper.json"
     tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    key = f"{results['data']},{config['sde']}"
-    first = "5" if config["training"] == "finetune" and key in tables.get("5", {}) else "2"
+    paper = {n: tables.get(n, {}).get(f"{results['data']},{config['sde']}", {}) for n in "2345"}
+    first = "5" if config["training"] == "finetune" and paper["5"] else "2"
     numbers = {"unlearning ratio, %": first, "NLL, bits/dim": first, "inpaint, % right": "3",
                "reconstruct, % right": "4"}
-    classes = set(tables.get(first, {}).get(key, {})) - {"total", "D_g", "D_f"}
-    same = classes == set(config["forget"].split(","))            # else it forgot something else
+    if {*paper[first]} - {"total", "D_g", "D_f"} != {*config["forget"].split(",")}:
+        numbers = {}                                              # it forgot something else
     columns = {method: cells(entry) for method, entry in results["methods"].items()}
-    rows = [["", *(METHODS[m].title if m in METHODS else m for m in columns)]]
-    for section, row in dict.fromkeys(row for column in columns.values() for row in column):
+    rows = [["", *(METHODS[method].title for method in columns)]]
+    for section, row in dict.fromkeys(key for column in columns.values() for key in column):
         rows.append([f"{section} {row}", *(v.get((section, row), "") for v in columns.values())])
         number = numbers.get(section)
-        paper = tables.get(number, {}).get(key, {}).get(row) if same else None
-        if paper:
-            paper = dict(zip(tables["columns"], paper))
-            rows.append([f"  the paper, Table {number}", *(str(paper.get(m, "")) for m in columns)])
-    return rows
-
-def save_table(results, out):
-    """The table to table.md in out, and in aligned columns to standard output."""
-    rows, judge = make_table(results), results["judge"]
+        if number and row in paper[number]:
+            theirs = dict(zip(tables["columns"], map(str, paper[number][row])))
+            rows.append([f"  the paper, Table {number}", *(theirs.get(m, "") for m in columns)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    judge, lines = results["judge"], [" | ".join(map(str.ljust, row, widths)) for row in rows]
     title = (f"`{results['command']}`, {results['device']}. The judge is right on "
              f"{judge['test_accuracy']:.2%} of the test images; it sees {judge['floor']:.2%} "
              f"forgotten in those of D_g (its floor), none of these in {judge['none']:.2%} of all.")
-    head, *lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines = [title, "", head, "|---|" + "---:|" * (len(rows[0]) - 1), *lines, ""]
-    replace_file(f"{out}/table.md", "\n".join(lines).encode())
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    text = "\n".join([title, "", *lines, "", f"Pictures, table and all numbers are in {out}"])
+    text = "\n".join([title, "", *(f"| {line} |" for line in lines), ""])
+    replace_file(f"{out}/table.md", text.encode())
+    text += f"\nPictures, table and all numbers are in {out}"
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
@@ -1401,15 +1323,15 @@ def draw_picture(path, rows, judge, forget):
     strips, buffer = [], io.BytesIO()
     for x in rows.values():
         hit = torch.isin(opinions(judge, x)[0].argmax(1), torch.tensor(forget))[:, None]
-        x, zoom = x[:, :3] if x.shape[1] > 2 else x[:, :1], max(1, 56 // x.shape[2])
-        x = x.expand(-1, 3, -1, -1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+        x = x[:, :3] if x.shape[1] > 2 else x[:, :1].expand(-1, 3, -1, -1)
+        x = F.interpolate(x, scale_factor=max(1, 56 // x.shape[2]))
         colour = torch.where(hit, torch.tensor([230, 159, 0]), 255).byte()[:, :, None, None]
         tiles = colour.repeat(1, 1, x.shape[2] + 6, x.shape[3] + 6)
         tiles[:, :, 3:-3, 3:-3] = x
         strips.append(F.pad(torch.cat(list(tiles), dim=2), (130, 0), value=255))
     page = Image.fromarray(torch.cat(strips, dim=1).permute(1, 2, 0).contiguous().numpy())
     for i, title in enumerate(rows):
-        at = (4, int((i + 0.4) * page.height / len(rows)))
+        at = 4, int((i + 0.4) * page.height / len(rows))
         ImageDraw.Draw(page).text(at, title, fill="black")
     page.save(buffer, "PNG")
     replace_file(path, buffer.getvalue())
@@ -1420,15 +1342,13 @@ def run(opt, judge=None):
     asked = {key: v for key, v in vars(opt).items() if v != vars(Options()).get(key)
              and key not in ("out", "data_root", "fresh")}        # where files lie is left out
     words = [word for argument in as_arguments(asked) for word in argument.split("=", 1)]
-    command = shlex.join(["python", "sgu.py", *words])
     opt, data = resolve(opt)
     config, machine, opt.seconds = dict(vars(opt)), describe(opt.device), {}
     say(f"{data['name']}: forget {opt.forget} of {len(data['classes'])} classes, {opt.sde}, "
         f"{opt.steps} steps of {opt.batch_size}, {machine}, {opt.precision}; results in {opt.out}")
 
-    judge = get_judge(opt, data) if judge is None else judge
+    judge = get_judge(opt, data)["network"].to(opt.device) if judge is None else judge
     gone, forget = is_forgotten(data, "test"), torch.tensor(data["forget"])
-    few = opt.likelihood_samples
     real = opinions(judge, data["train"][~is_forgotten(data, "train")][:opt.samples])[1]
     probs, features = opinions(judge, data["test"])
     label, reference = probs.argmax(1), features[~gone]
@@ -1437,14 +1357,14 @@ def run(opt, judge=None):
                  none=float((label >= len(data["classes"])).float().mean()))
     if facts["test_accuracy"] < 0.9:
         say(f"sgu: warning: the judge is right on {facts['test_accuracy']:.1%} of test images only")
-    parts = {key: (data["test"][part][:few], data["test_labels"][part][:few])
-             for key, part in (("D_g", ~gone), ("D_f", gone))}
+    parts = {part: [data[key][rows][:opt.likelihood_samples] for key in ("test", "test_labels")]
+             for part, rows in (("D_g", ~gone), ("D_f", gone))}
 
     methods, pairs, pictures = {}, {}, {}
     for method in opt.methods.split(","):
-        network, how = get_model(method, opt, data)
-        make, title = functools.partial(values_of, method, network, opt), METHODS[method].title
-        entry = dict(recipe={k: how[k] for k in ("alpha", "steps", "lr", "window")})
+        model, title = get_model(method, opt, data), METHODS[method].title
+        make = functools.partial(values_of, method, model["network"].to(opt.device), opt)
+        entry = dict(recipe={k: model["config"][k] for k in ("alpha", "steps", "lr", "window")})
         methods[method], pairs[method] = entry, {}
         if "sample" in opt.tasks:
             images = make("samples", data["test"])
@@ -1456,17 +1376,18 @@ def run(opt, judge=None):
             entry["nll_bits_per_dim"], bits = likelihoods(parts, make)
             pairs[method].update(bits)
         for task in [task for task in ("inpaint", "reconstruct") if task in opt.tasks]:
-            tests = torch.cat([x[:8] for x, _ in parts.values()])
-            rows = pictures.setdefault(task, {"test images": tests})
             images = {key: make(f"{task} {key}", x) for key, (x, _) in parts.items()}
             entry[task] = {key: restored(x, images[key], y, judge) for key, (x, y) in parts.items()}
+            tests = torch.cat([x[:8] for x, _ in parts.values()])
+            rows = pictures.setdefault(task, {"test images": tests})
             rows[title] = torch.cat([x[:8] for x in images.values()])
-    for method, other in [(m, o) for o in ("unseen", "standard") for m in methods if o in methods]:
-        if method != other:
+    for other in [other for other in ("unseen", "standard") if other in methods]:
+        for method in [method for method in methods if method != other]:
             methods[method][f"minus {other}"] = {
                 key: paired(v, pairs[other][key]) for key, v in pairs[method].items()}
 
-    results = dict(command=command, device=machine, data=data["name"], config=config, judge=facts,
+    results = dict(command=shlex.join(["python", "sgu.py", *words]), device=machine,
+                   data=data["name"], config=config, judge=facts,
                    seconds=dict(opt.seconds, total=sum(opt.seconds.values())), methods=methods,
                    versions=dict(python=platform.python_version(), torch=torch.__version__))
     save_json(f"{opt.out}/results.json", results)
