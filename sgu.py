@@ -1083,7 +1083,7 @@ def say(text, end="\n"):                         # to standard error, if there i
 
 def replace_file(path, content):                 # bytes; a kill leaves the old file or the new one
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")     # two runs may share a folder
+    temporary = path.with_name(f".{path.name}")                   # a kill may leave it: one name
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         temporary.write_bytes(content)

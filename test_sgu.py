@@ -1166,9 +1166,9 @@ def test_share_and_pace(finished, tmp_path, small, monkeypatch):
     del argv[at:at + 2]
     opt, data = sgu.resolve(sgu.parse_options([*argv, "--out", str(tmp_path), "--pretrained",
                                                str(standard)]))
-    monkeypatch.setattr(sgu, "stage", lambda *_, **how: configs.append(how) or (standard, None))
-    brief = sgu.Method("brief", start="standard", share=0.3, pace=0.25)
-    monkeypatch.setitem(sgu.METHODS, "brief", brief)
+    saved, brief = sgu.read_file(standard, sgu.UNet), sgu.METHODS["finetune"]
+    monkeypatch.setattr(sgu, "finish", lambda *_, **how: configs.append(how) or saved)
+    monkeypatch.setitem(sgu.METHODS, "brief", brief._replace(share=0.3, pace=0.25))
     for opt.unlearn_steps in (None, 5):
         sgu.get_model("brief", opt, data)
     assert [how["steps"] for how in configs] == [round(0.3 * opt.steps), 5]
