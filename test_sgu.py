@@ -16,8 +16,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "notebooks"))
 
 from testkit import (
     NAMES, QUICK, Recorded, check_refused, command, copied, die_at, equal_weights, fingerprint,
-    finished, forbid, offline, results_of, same_weights, small, tiny_presets, weights_of,
-    write_mnist, write_npz, write_shapes)
+    finished, forbid, narrow_gaussian, offline, results_of, same_weights, shaken_unet, small,
+    tiny_presets, weights_of, write_mnist, write_npz, write_shapes)
 import sgu
 import toy_gmm as toy
 from checks import (
@@ -65,15 +65,6 @@ def test_prior(sde, n=100_000):
     expect(x.mean() / std, 0., "the prior's mean over s(1)", 0.015)
 
 # ==== 2. Network ==================================================================================
-
-def shaken_unet(seed=0, **kw):
-    """A small U-Net whose zero-initialised layers are filled, as after training."""
-    torch.manual_seed(seed)
-    net = sgu.UNet(**(dict(channels=(8, 16), patch=2) | kw))
-    for p in net.parameters():
-        if not p.any():
-            nn.init.normal_(p, std=0.1)
-    return net
 
 @every_sde
 def test_make_score(sde):
@@ -326,19 +317,6 @@ def test_default_accuracy_of_the_likelihood(mixture, sde):
     off = (got - fine).abs()
     assert off.mean() < 2e-3 and off.max() < 0.03, (float(off.mean()), float(off.max()))
     assert error.shape == (256,) and off.mean() / 5 < error.mean() < 10 * off.mean() + 1e-9
-
-def narrow_gaussian(sde, std):
-    """The score of N(0, std^2), steep at small noise, and the log p(x) that its flow gives: y = x/a
-    grows by sqrt((std^2 + sigma_1^2)/(std^2 + sigma_0^2))."""
-    def score(x, t):
-        a, s = (sgu.per_sample(v, x) for v in sde.marginal(t.to(F64)))
-        return (-x / (a ** 2 * std ** 2 + s ** 2)).to(x.dtype)
-    def log_p(x):
-        ends = torch.tensor([sde.t_min, 1.], dtype=F64)
-        (a0, a1), (v0, v1) = sde.marginal(ends)[0], std ** 2 + sde.sigma(ends) ** 2
-        grown = a1 / a0 * (v1 / v0).sqrt()
-        return sde.prior_log_prob(x * grown) + x.shape[1] * grown.log()
-    return score, log_p
 
 @every_sde
 @pytest.mark.parametrize("std", [0.01, 0.02, 0.1])

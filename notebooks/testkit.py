@@ -234,3 +234,27 @@ class Recorded:
 
     def images(self, split, forgotten):
         return self.data[split][sgu.is_forgotten(self.data, split) == forgotten]
+
+
+def shaken_unet(seed=0, **kw):
+    """A small U-Net whose zero-initialised layers are filled, as after training."""
+    torch.manual_seed(seed)
+    net = sgu.UNet(**(dict(channels=(8, 16), patch=2) | kw))
+    for p in net.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return net
+
+
+def narrow_gaussian(sde, std):
+    """The score of N(0, std^2), steep at small noise, and the log p(x) that its flow gives: y = x/a
+    grows by sqrt((std^2 + sigma_1^2)/(std^2 + sigma_0^2))."""
+    def score(x, t):
+        a, s = (sgu.per_sample(v, x) for v in sde.marginal(t.to(torch.float64)))
+        return (-x / (a ** 2 * std ** 2 + s ** 2)).to(x.dtype)
+    def log_p(x):
+        ends = torch.tensor([sde.t_min, 1.], dtype=torch.float64)
+        (a0, a1), (v0, v1) = sde.marginal(ends)[0], std ** 2 + sde.sigma(ends) ** 2
+        grown = a1 / a0 * (v1 / v0).sqrt()
+        return sde.prior_log_prob(x * grown) + x.shape[1] * grown.log()
+    return score, log_p
