@@ -1480,7 +1480,7 @@ def test_networks_that_diverged_are_not_scored(copied, finished, tmp_path, capsy
 
 @pytest.mark.parametrize("argv, words", [
     ("--seed 1", "seed 0 -> 1"), ("--steps 9", "steps 8 -> 9"), ("--sde ve", "sde vp -> ve"),
-    ("--alpha 0.5", "obtuse.pt"), ("--alpha 0.5", "alpha 0.85 -> 0.5"), ("--lr 0.01", "lr 0.02 ->"),
+    ("--alpha 0.5", "obtuse.pt"), ("--alpha 0.5", "alpha 0.95 -> 0.5"), ("--lr 0.01", "lr 0.02 ->"),
     ("--sampler-steps 3", "samples_standard.pt"), ("--sampler-steps 3", "2 -> 3"),
     ("--recipe paper", "recipe balanced -> paper"), ("--forget one", "forget two -> one"),
     ("--precision bfloat16", "precision float32 -> bfloat16")])
@@ -1501,7 +1501,7 @@ def test_changed_data_are_refused_and_moved_ones_are_not(copied, finished, tmp_p
     changed = sgu.METHODS["obtuse"]._replace(alpha=0.75)
     with monkeypatch.context() as patch:
         patch.setitem(sgu.METHODS, "obtuse", changed)
-        check_refused(capsys, argv, "obtuse.pt", "alpha 0.85 -> 0.75")
+        check_refused(capsys, argv, "obtuse.pt", "alpha 0.95 -> 0.75")
     write_shapes(moved, labels=np.roll(np.arange(240) % 4, 1))
     check_refused(capsys, [*argv, "--dataset", moved], "judge.pt", "data")
 
