@@ -685,7 +685,7 @@ def no_record(monkeypatch):
 def test_predictions(no_record, capsys):
     """A prediction is on record, with a reason, before the run; who is wrong learns nothing."""
     reason = "since it grows with t"
-    for said in ("b", " B.", "(b)"):
+    for said in ("b", " B.", "(b)", "b: it grows", "b) it grows"):
         assert marking.record("3.4", said, reason) == "b"
     assert "3.4: on record before the run: b, because: since it grows" in capsys.readouterr().out
     for said in (1.04, torch.tensor(1.04), np.float32(1.04)):
@@ -693,6 +693,7 @@ def test_predictions(no_record, capsys):
         assert math.isclose(marking.record("1.4", said, reason, number=True), 1.04, rel_tol=1e-6)
     for said, why, number, words in (
             ("d", reason, False, "letters"), (3, reason, False, "letters"),
+            ("a lot", reason, False, "letters"), ("ab", reason, False, "letters"),
             ("b", "", False, "why_9_2"), ("b", " .... ", False, "why_9_2"),
             ("b", None, False, "why_9_2"), ("b", "?", False, "earns nothing"),
             ("1", reason, True, "a number"), (math.nan, reason, True, "a number"),
@@ -704,7 +705,7 @@ def test_predictions(no_record, capsys):
         with pytest.raises(NotImplementedError, match="question 9.2"):
             marking.record("9.2", said, reason)
     marking.record("3.4", "b", reason)
-    with pytest.raises(AssertionError, match="predicted b before, now c: change the reason in why_3_4"):
+    with pytest.raises(AssertionError, match="predicted b before, now c: change .* in why_3_4"):
         marking.record("3.4", "c", reason)
     assert marking.record("3.4", "c", reason + "^2") == "c"
     marking.compare("8.4", 1.04, 1, 0.05)
@@ -909,6 +910,21 @@ def wilson_of(spread=lambda root, m: root / m, unit=1., clip=True):
         return [unit * min(max(end, 0.), 1.) if clip else unit * end for end in ends]
     return wilson
 
+def inpaint_of(start=torch.zeros_like, go_on=1., generator=0):
+    """A student's inpainting, which sees start of the hidden pixels and goes on with a share of
+    those after a step."""
+    def inpaint(score, sde, x, mask, steps, generator):
+        g = generator if inpaint.seeded else None
+        known, grid = mask.bool().expand_as(x), sgu.time_grid(sde, steps)
+        x = torch.where(known, x, start(x))
+        y = sgu.add_noise(sde, x, 1.0, g)
+        for t, t_next in zip(grid, grid[1:]):
+            y = go_on * sgu.reverse_step(score, sde, y, t, t_next, g)
+            y = torch.where(known, sgu.add_noise(sde, x, t_next, g), y)
+        return torch.where(known, x, sgu.denoise(score, sde, y, grid[-1]))
+    inpaint.seeded = generator is not None
+    return inpaint
+
 def turned_of(half=0.5, rise=2., sign=1, dims=lambda d: d, width=0.3):
     """A student's log p of the turned Gaussian, with mistakes; tanh rises by 2 to nine digits."""
     def log_p(x, strength):
@@ -929,11 +945,13 @@ def refine_of(error=lambda fine, coarse: (fine - coarse).abs().mean() / 15, agai
         return dict(values=fine, steps=steps, error=found, converged=converged)
     return refine
 
-def noise_of(draw, clamp=True):
+def noise_of(z=lambda x, g: torch.randn(x.shape, generator=g), shape=lambda x: (len(x), 1, 1, 1),
+             shades=1., strengths=2., limit=1.):
     """A student's images of noise."""
     def noise(x, g):
-        z = draw(x, g)
-        return z.clamp(-1, 1) if clamp else z
+        shade, strength = torch.rand(2, *shape(x), generator=g)
+        made = shades * (2 * shade - 1) + strengths * strength * z(x, g)
+        return made.clamp(-limit, limit)
     return noise
 
 def uniform(x, g):
@@ -971,6 +989,9 @@ VE, VP = SDES["VE"], SDES["VP"]
 NOISY, CLEAN, BARE = (lambda a, s, x0, z: x0 + s * z), (lambda a, s, x0, z: a * x0), (
     lambda a, s, x0, z: x0)
 WRONG = [                                      # handed in: the check, its arguments, what it says
+    ("ve_marginal", (lambda t: None,), "two things, a and s, not NoneType"),
+    ("ve_marginal", (lambda t: VE.marginal(t)[1],), "two things, a and s, not Tensor"),
+    ("vp_marginal", (lambda t: (*VP.marginal(t), t),), "two things, a and s, not 3"),
     ("ve_marginal", (VE.marginal, 0.1, 5.), "sigma_min and sigma_max are not used"),
     ("vp_marginal", (VP.marginal, 0.2, 8.), "beta_0 and beta_1 are not used"),
     ("schedule", (VP, None, sgu.VP(0.1, 30.).drift, sgu.VP(0.1, 30.).diffusion), "to another beta"),
@@ -997,11 +1018,12 @@ WRONG = [                                      # handed in: the check, its argum
     ("wilson", (wilson_of(lambda root, m: root),), "not divided by n"),
     ("wilson", (wilson_of(lambda root, m: root, clip=False),), "not divided by n"),
     ("wilson", (wilson_of(lambda root, m: root / m / 1.959964),), "in front of the root"),
-    ("wilson", (wilson_of(unit=100.),), "not percent"),
+    ("wilson", (wilson_of(unit=100.),), "not percent"), ("wilson", (lambda k, n: 0.1,), "two th"),
     ("wilson", (wilson_of(lambda root, m: -root / m),), "the smaller end first"),
     ("wilson", (wilson_of(lambda root, m: 1.05 * root / m),), "distance of k/n from the end"),
     ("heun_likelihood", (lambda score, sde, x, steps: score(x, torch.ones(())),), "one time per"),
     ("heun_likelihood", (heun_with(moved=0),), "predicted point"),
+    ("heun_likelihood", (heun_with(sigma_there=0),), "missing in the integral"),
     ("heun_likelihood", (heun_with(div_sign=-1),), "sign of the divergence"),
     ("heun_likelihood", (heun_with(e_sign=-1),), "sign of e"),
     ("heun_likelihood", (heun_with(second=0),), "Euler"),
@@ -1013,6 +1035,12 @@ WRONG = [                                      # handed in: the check, its argum
     ("turned_log_p", (turned_of(rise=1.),), "rises by 2"),
     ("turned_log_p", (turned_of(rise=-2.),), "turned part has the wrong sign"),
     ("turned_log_p", (turned_of(width=1.),), "the width 0.3"),
+    ("gaussian_score", (lambda m, v, sde: m,), "returns a function"),
+    ("make_score", (lambda model, sde, std: None,), "returns a function"),
+    ("denoise", (lambda score, sde, x, t: score(x, t),), "one time per point"),
+    ("inpaint_keeps", (inpaint_of(start=lambda x: x),), "answer leaks"),
+    ("inpaint_keeps", (inpaint_of(generator=None),), "pass the generator"),
+    ("inpaint_keeps", (inpaint_of(go_on=0.),), "go on from where the last step"),
     ("error_estimate", (lambda f, c, n: (f - c).abs(),), "the difference, most of which"),
     ("error_estimate", (lambda f, c, n: (f - c) / (2 ** n - 1),), "an error has no sign"),
     ("error_estimate", (lambda f, c, n: (f - c).abs() / 2 ** n,), "Not 1/2"),
@@ -1022,15 +1050,17 @@ WRONG = [                                      # handed in: the check, its argum
     ("refine", (refine_of(lambda f, c: (f - c).mean().abs() / 15),), "first abs, then the mean"),
     ("refine", (refine_of(believe=lambda error, tolerance: not error > tolerance),), "NaN"),
     ("refine", (refine_of(limit=lambda most: 2 * most),), "and no further"),
+    ("refine", (refine_of(limit=lambda most: 10 ** 9),), "stop doubling at most"),
     ("refine", (refine_of(limit=lambda most: 512),), "are the arguments used"),
     ("refine", (refine_of(believe=lambda error, tolerance: False),), "you asked for"),
     ("noise", (noise_of(lambda x, g: x + torch.randn(x.shape, generator=g)),), "must not depend"),
-    ("noise", (noise_of(lambda x, g: torch.rand(len(x), 1, 1, 1, generator=g).expand_as(x)),),
-     "all alike"),
-    ("noise", (noise_of(lambda x, g: 2 * torch.rand(1, 1, 28, 28, generator=g).expand_as(x) - 1),),
-     "the same pixels of two images"),
-    ("noise", (noise_of(lambda x, g: torch.randn(x.shape, generator=g), clamp=False),), "clamp"),
-    ("noise", (noise_of(lambda x, g: 2 * torch.rand(x.shape) - 1),), "pass the generator"),
+    ("noise", (noise_of(strengths=0.),), "all alike"), ("noise", (noise_of(limit=9.),), "clamp"),
+    ("noise", (noise_of(lambda x, g: torch.randn(x[:1].shape, generator=g)),), "of two images"),
+    ("noise", (noise_of(lambda x, g: torch.randn(40, 1, 28, 1, generator=g).expand_as(x)),),
+     "neighbours"),
+    ("noise", (noise_of(lambda x, g: torch.randn(x.shape)),), "pass the generator"),
+    ("noise", (noise_of(shades=0.),), "a shade of its own"), ("noise", (uniform,), "of its own"),
+    ("noise", (noise_of(shape=lambda x: (1, 1, 1, 1)),), "a shade of its own"),
     ("blend", (lambda x, g: x + x.roll(1, 0),), "clamp"),
     ("blend", (lambda x, g: (x + x[torch.randperm(len(x), generator=g)]) / 2,), "itself"),
     ("blend", (lambda x, g: 0.95 * x + 0.05 * x.roll(1, 0),), "a fifth"),
@@ -1069,8 +1099,8 @@ def test_right_answers_in_other_words_pass():
     checks.check_error_estimate(lambda f, c, n: torch.maximum(f - c, c - f) / (2 ** n - 1))
     checks.check_refine(refine_of())
     checks.check_refine(refine_of(lambda f, c: sgu.flow_error(f, c).mean()))
-    checks.check_noise(uniform)
-    checks.check_noise(noise_of(lambda x, g: torch.randn(x.shape, generator=g)))
+    checks.check_noise(noise_of())
+    checks.check_noise(noise_of(uniform))
     checks.check_blend(lambda x, g: torch.maximum(x, x.flip(0)))
     checks.check_blend(lambda x, g: 0.7 * x + 0.3 * x.roll(3, 0))
     checks.check_shuffled(patched(by_chance))
@@ -1225,6 +1255,26 @@ def test_what_students_read_in_jupyter(monkeypatch, no_record):
     assert said["check 1.5"] == (
         "1.5: 2 of 3 points: the function is right now; for the last point put the number of the "
         "line that was wrong into line_1_5; line 7 was not\n")
+
+@needs_sources
+def test_teachers_page_counts_rightly():
+    """Questions, points and minutes on the teacher's page, at the head of an exercise and in its
+    questions and checks agree."""
+    page, totals = (HERE / "README.md").read_text(encoding="utf-8"), [0, 0]
+    row = r"\| \[(\w+)\]\(exercises/\1.ipynb\) \|[^|]+\| (\d+) \| (\d+) \|[^|]*\| (\d+) \|"
+    said = {name: tuple(map(int, numbers)) for name, *numbers in re.findall(row, page)}
+    assert list(said) == [source.stem for source in grade.SOURCES]
+    for source in grade.SOURCES:
+        cells = make.read_source(source)
+        text = "\n".join(cell["text"] for cell in cells if cell["kind"] == "markdown")
+        heads = re.findall(r"## Question ([\d.]+) \((\d+) points?, (\d+) minutes\)", text)
+        checked = {c["question"]: c["points"] for c in cells if c["kind"] == "check"}
+        assert {q: int(points) for q, points, _ in heads} == checked
+        counts = len(heads), sum(checked.values()), sum(int(minutes) for *_, minutes in heads)
+        head, = re.findall(r"(\d+)\s+questions,\s+(\d+)\s+points,\s+about\s+(\d+)", text)
+        assert said[source.stem] == tuple(map(int, head)) == counts, source.stem
+        totals = [total + count for total, count in zip(totals, counts)]
+    assert f"{totals[0]} questions, {totals[1]} points" in page
 
 # ==== The grader ==================================================================================
 

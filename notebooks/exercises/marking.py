@@ -27,6 +27,15 @@ def place_of(error):
             return f" (line {call.lineno} of the cell{'' if top else ', in ' + call.name})"
     return ""
 
+MEANING = {                                    # what some errors of Python and torch are about
+    "does not require grad": "there is no gradient: does it come from something with "
+                             "requires_grad_(True), and is nothing detached on the way?",
+    "one differentiable number": "the loss has no gradient, or is more than one number: do the "
+                                 "weights of your copy have requires_grad_(True)?",
+    "backward through the graph a second time": "one gradient uses the graph up: pass "
+                                                "retain_graph=True",
+    "NoneType": "something is None here: is the return of a function missing?"}
+
 def explain(error, question=""):
     """One printable line about an exception that a student's code, or its check, has raised."""
     try:
@@ -40,9 +49,7 @@ def explain(error, question=""):
             return printable(f"syntax error in line {error.lineno} of the cell: {error.msg}")
         if isinstance(error, SystemExit):
             return "the code calls exit()"
-        if "does not require grad" in text:
-            text = ("the loss has no gradient: do the weights of your copy have "
-                    "requires_grad_(True), and is nothing detached?")
+        text = next((words for part, words in MEANING.items() if part in text), text)
         return printable(text, 240) + place_of(error)
     except BaseException:
         return "an error that cannot even be printed"
@@ -133,8 +140,10 @@ def record(question, said, why, number=False):
         comma = " (a decimal point, not a comma)" if isinstance(said, tuple) else ""
         assert math.isfinite(value), f"answer with a number, not {said!r}{comma}"
     else:
-        value = said.strip(" .()").lower() if isinstance(said, str) else ""
-        assert value in ("a", "b", "c"), f"answer with one of the letters a, b, c, not {said!r}"
+        found = re.match(r"\W*([abc])\W*($|[):.,])", str(said).lower())
+        assert found and isinstance(said, str), \
+            f"answer with one of the letters a, b, c, not {said!r}"
+        value = found[1]
     reason = why.strip() if isinstance(why, str) else ""
     assert sum(map(str.isalpha, reason)) >= 8, \
         f"say in {variable}, in a sentence, why you think so: without a reason a prediction " \
@@ -163,7 +172,7 @@ def compare(question, said, measured, tol=None, **values):
 
 # Every line in which a bug can be put right; it was planted in the first one.
 BUG_LINES = {"1.5": (6, 8), "3.3": (4, 3), "4.4": (6, 5), "5.2": (4, 5, 6), "5.3": (6, 5),
-             "6.2": (15, 18), "7.2": (5, 3, 2), "8.3": (6, 7)}
+             "6.2": (15, 18), "7.2": (5, 2, 3), "8.3": (6, 7)}
 
 @contextlib.contextmanager
 def planted_bug(line, question):

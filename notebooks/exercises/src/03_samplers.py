@@ -140,7 +140,7 @@ def ode_sample(score, sde, shape, steps=100, generator=None):              # lin
 line_3_3 = 4
 
 # %% check 3.3 (3 points)
-with marking.planted_bug(line_3_3, "3.3"):
+with marking.planted_bug(globals().get("line_3_3"), "3.3"):
     checks.check_ode_map(ode_sample, SDES["VP"], steps=100, tol=0.002)    # Euler is off by 0.005
 
 # %% [markdown]

@@ -173,7 +173,7 @@ def bits_per_dim(score, sde, x, generator=None):                             # l
 line_4_4 = 6
 
 # %% check 4.4 (2 points)
-with marking.planted_bug(line_4_4, "4.4"):
+with marking.planted_bug(globals().get("line_4_4"), "4.4"):
     checks.check_bits_per_dim(bits_per_dim, SDES["VP"])
 
 # %% [markdown]

@@ -86,7 +86,7 @@ def obtuse_loss(score, sde, x0, t, z):                               # line 1
 line_5_2 = 4
 
 # %% check 5.2 (3 points)
-with marking.planted_bug(line_5_2, "5.2"):
+with marking.planted_bug(globals().get("line_5_2"), "5.2"):
     for sde in (SDES["VE"], SDES["VP"]):
         checks.check_obtuse_sign(obtuse_loss, sde)
         checks.check_obtuse_turns(obtuse_loss, sde)
@@ -99,9 +99,9 @@ with marking.planted_bug(line_5_2, "5.2"):
 # score that is already perpendicular to $u$ still pays, and every pixel of it is pushed to zero on
 # its own. Fix the function, and give the number of the line that is wrong.
 #
-# $$L_{\mathrm{orthogonal}}
-# = \frac{1}{B} \sum_b \left( \frac{s_b^2 \cdot \mathrm{score}_b \cdot u_b}{D} \right)^2
-# = \frac{1}{B} \sum_b \left( \frac{e_b \cdot z_b}{D} \right)^2$$
+# $$L_{\mathrm{orthogonal}} =
+# \frac{1}{B} \sum_b \left( \frac{s_b^2 \cdot \mathrm{score}_b \cdot u_b}{D} \right)^2 =
+# \frac{1}{B} \sum_b \left( \frac{e_b \cdot z_b}{D} \right)^2$$
 #
 # **Marked by** `check_orthogonal`: a perpendicular score must cost nothing (2 points); and by your
 # line number (1 point).
@@ -127,7 +127,7 @@ def orthogonal_loss(score, sde, x0, t, z):                           # line 1
 line_5_3 = 6
 
 # %% check 5.3 (3 points)
-with marking.planted_bug(line_5_3, "5.3"):
+with marking.planted_bug(globals().get("line_5_3"), "5.3"):
     checks.check_orthogonal(orthogonal_loss, SDES["VE"])
     checks.check_orthogonal(orthogonal_loss, SDES["VP"])
 

@@ -148,7 +148,7 @@ def finetune(model, ema, sde, keep, forget=None, forget_loss=None, alpha=1.0, *,
 line_6_2 = 15
 
 # %% check 6.2 (3 points)
-with marking.planted_bug(line_6_2, "6.2"):
+with marking.planted_bug(globals().get("line_6_2"), "6.2"):
     checks.check_ema(finetune)
 
 # %% [markdown]

@@ -84,8 +84,8 @@ def inpaint_once(score, sde, x, mask, steps=40, generator=None):                
 line_7_2 = 5
 
 # %% check 7.2 (3 points)
-with marking.planted_bug(line_7_2, "7.2"):
-    checks.check_inpaint_keeps(inpaint_once, SDES["VE"])
+with marking.planted_bug(globals().get("line_7_2"), "7.2"):
+    checks.check_inpaint_keeps(inpaint_once, SDES["VE"], nan=False)
 
 # %% [markdown]
 # ## Question 7.3 (2 points, 10 minutes): predict, then run
@@ -133,12 +133,13 @@ marking.compare("7.3", said, "a" if mean < 0.36 else "c" if mean > 0.44 else "b"
 # adding noise and take the step again, `repeats` times in all. This lets the hidden pixels come to
 # terms with the known ones at each level. Going up from $t_{i+1}$ to $t_i$ is
 #
-# $$y \leftarrow \frac{a_i}{a_{i+1}} y
-# + \sqrt{s_i^2 - \left( \frac{a_i}{a_{i+1}} s_{i+1} \right)^2} z .$$
+# $$y \leftarrow \frac{a_i}{a_{i+1}} y +
+# \sqrt{s_i^2 - \left( \frac{a_i}{a_{i+1}} s_{i+1} \right)^2} z .$$
 #
 # Write this move first, as `back_up`. Then start from your corrected function, and `pin` after
 # every move, up or down. Replace the hidden pixels of $x$ by 0 at the beginning, so that nothing
-# can leak. At the end, the known pixels are exactly those of $x$.
+# can leak, not even NaN (so use `torch.where`: 0 times NaN is NaN). At the end, the known pixels
+# are exactly those of $x$.
 #
 # **Marked by** `check_back_up` (mean and spread of the move, under VP), `check_inpaint_walk` (which
 # times, how often), `check_inpaint_keeps`, and `check_inpaint_conditional`: mean and variance of

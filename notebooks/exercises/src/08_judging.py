@@ -104,7 +104,7 @@ def report(probs, forget):                                                      
 line_8_3 = 6
 
 # %% check 8.3 (3 points)
-with marking.planted_bug(line_8_3, "8.3"):
+with marking.planted_bug(globals().get("line_8_3"), "8.3"):
     checks.check_report(report)
 
 # %% [markdown]
@@ -142,8 +142,8 @@ marking.compare("8.4", said, floor, 0.0003)
 # kept samples with those of real images of $D_g$: fit a Gaussian to each set (means $m$,
 # covariances $C$), and take the squared Fréchet distance
 #
-# $$d^2 = |m_1 - m_2|^2 + \mathrm{tr}\thinspace C_1 + \mathrm{tr}\thinspace C_2
-# - 2 \thinspace \mathrm{tr} \left[ \left( C_1^{1/2} C_2 C_1^{1/2} \right)^{1/2} \right] .$$
+# $$d^2 = |m_1 - m_2|^2 + \mathrm{tr}\thinspace C_1 + \mathrm{tr}\thinspace C_2 -
+# 2 \thinspace \mathrm{tr} \left[ \left( C_1^{1/2} C_2 C_1^{1/2} \right)^{1/2} \right] .$$
 #
 # The root of a symmetric matrix comes from `torch.linalg.eigh`. Rounding can make its smallest
 # eigenvalues negative: clamp them to 0. Use float64 and `torch.cov(f.T)`.
@@ -181,8 +181,8 @@ checks.check_frechet(frechet)
 # *any* probability density $q$, and any $\mu$ with $p_g - \mu p_f \ge 0$, Gibbs' inequality
 # gives, with the entropy $H$,
 #
-# $$E_g[-\log q] \ge \mu E_f[-\log q]
-# + (1 - \mu) H\left( \frac{p_g - \mu p_f}{1 - \mu} \right).$$
+# $$E_g[-\log q] \ge \mu E_f[-\log q] +
+# (1 - \mu) H\left( \frac{p_g - \mu p_f}{1 - \mu} \right).$$
 #
 # So whoever makes $D_f$ unlikely has to pay for it on $D_g$. Can a density have the paper's pair of
 # values?

@@ -6,7 +6,8 @@
 # can change so abruptly that the number of steps which served the old model gives nonsense for the
 # new one, in a table that looks as tidy as before. Here you learn to tell.
 #
-# This exercise goes with section 5 of `sgu.py`. 5 questions, 13 points, about 60 minutes.
+# This exercise goes with section 5 of `sgu.py`; read `flow_error` there after you have tried
+# question 9.3, not before. 5 questions, 13 points, about 60 minutes.
 
 # %%
 import functools

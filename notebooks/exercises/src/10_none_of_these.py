@@ -49,9 +49,9 @@ print(f"A judge of ten digits, trained on 1,000 images: right on {right:.1%} of 
 # %% [markdown]
 # ## Question 10.1 (2 points, 5 minutes): predict, then run
 #
-# Show this judge 500 images of uniform noise: every pixel is any grey, independently of the others.
-# For how many of them is it *sure* that they show a certain digit, that is, gives one digit a
-# probability of more than a half?
+# Show this judge 500 images of uniform noise: every pixel is a grey level drawn at random,
+# independently of the others. For how many of them is it *sure* that they show a certain digit,
+# that is, gives one digit a probability of more than a half?
 #
 # - **a** for hardly any: it has never seen such a thing, so its probabilities are spread out
 # - **b** for about half of them
@@ -150,8 +150,8 @@ with marking.picture():
 # on copies (`clone`).
 #
 # **Marked by** `check_with_none` (the batch), and by `check_none_judge`: a judge is trained on your
-# batches, for about half a minute, and shown real digits and images that are none, also of kinds
-# that it has never seen.
+# batches, for about half a minute, and shown 1,000 digits that it has not seen, and images of all
+# three kinds.
 
 # %% student 10.3
 def with_none(x, y, generator):
@@ -203,7 +203,8 @@ def measure(real, labels, fake):
 checks.check_measure(measure)
 
 # %% look
-# Both judges. Is the price worth paying? What would you change in your three kinds to lower it?
+# Both judges. Is the price worth paying? And does the new one know the other sort of blend, the
+# mean of two images or the brighter of the two, whichever you did not train it on?
 with marking.picture():
     x = data["test"]
     for kind in (noise, blend, shuffled):
@@ -241,7 +242,7 @@ def standard_with_noise(judge, n=200):
     """Samples of Standard, (n, 1, 28, 28) uint8, and the same with noise in place of 3 and 7."""
     model, sde = sgu.load_model("../results/mnist_standard.pt")
     x = sgu.multistep_sample(sgu.make_score(model, sde), sde, (n, 1, 28, 28), 10 if quick else 20,
-                             generator=seeded(4))
+                             generator=seeded(0))
     before = sgu.to_levels(x)
     gone = torch.isin(sgu.opinions(judge, before)[0].argmax(1), torch.tensor([3, 7]))
     after = before.clone()
