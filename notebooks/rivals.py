@@ -558,7 +558,7 @@ def recipe_table(results):
             f"{100 * row['unlearning_ratio']['total']:.1f}"]
         rows.append([row["change"], *figures])
     notes = (f"Unseen, {config['steps']} steps of {config['batch_size']}, seed 3, n = "
-             f"{config['samples']} samples; equal models differ by about half a point. "
+             f"{config['samples']} samples. "
              f"{judge_words(results['judge'])} {results['device']}; `{results['command']}`.")
     return markdown(["recipe", COLUMNS["unsure"], COLUMNS["frechet_kept"], COLUMNS["ratio"]], rows,
                     notes)

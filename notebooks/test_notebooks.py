@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import importlib.machinery
+import inspect
 import io
 import json
 import math
@@ -557,6 +558,14 @@ def test_table_of_seeds(monkeypatch):
     assert "seeds 0, 1, 2" in lines[-1] and "n = 50" in lines[-1] and "--seed 2" in lines[-1]
     with pytest.raises(ValueError, match="steps"):
         make.seeds_table("0", "3")
+
+def test_what_section_7_says_of_its_parts():
+    """The distances in sgu.py are those of the results file."""
+    rows = {row["change"]: row for row in make.read_results("recipe-mnist-3,7")["rows"]}
+    header = inspect.getsource(sgu).split("# ==== 7.")[1].split("DIGIT_NOISE")[0]
+    found = re.findall(r"\[([\d.]+)|it is ([\d.]+) \(", header)
+    assert [a or b for a, b in found] == [f"{rows[change]['frechet_kept']:.1f}" for change in (
+        "ours", "t uniform", "the paper's weights", "Adam for all weights", "float32, same time")]
 
 @pytest.mark.parametrize("name", ["toy", "mnist", "recipe", "samplers"])
 def test_a_comparison_is_fresh(name, monkeypatch, tmp_path):
