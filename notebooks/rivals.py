@@ -543,8 +543,8 @@ def recipe(opt):
     """Unseen, trained for a quarter of the command's steps by our recipe and with one part of it
     taken back at a time: how far its samples are from real images."""
     how, half = {k: TINY.get(k, v) if opt.quick else v for k, v in RECIPE.items()}, halves(opt)[0]
-    jobs = {f"recipe-{i}": dict(half, methods="unseen", tasks="sample", seed=3, change=change, **how)
-            for i, change in enumerate(CHANGES)}
+    how.update(methods="unseen", tasks="sample", seed=3)
+    jobs = {f"recipe-{i}": dict(half, change=change, **how) for i, change in enumerate(CHANGES)}
     done = attempt_all(command, jobs, opt.out)
     rows = [dict(last_entry(done[name]), change=job["change"]) for name, job in jobs.items()]
     return dict(config=how, rows=rows, judge=rows[0].get("judge"))

@@ -1,0 +1,206 @@
+"""What a training step and a likelihood cost beside others, in one run on the same cores.
+
+    pip install denoising-diffusion-pytorch diffusers scipy
+    python notebooks/peers.py [--threads 1] [--rounds 5]       from the repository's top folder
+
+A step: batches of 64 random images of 32x32 in three colours, our network of the CIFAR-10 preset
+beside lucidrains' Unet and diffusers' UNet2DModel of as many floating point operations a forward
+pass, each trained in the way of its own project; contenders take turns, the median round counts.
+A likelihood: the shipped MNIST networks, the same digits and random signs, our fixed steps in
+log sigma beside SciPy's RK45 in t (Song et al. 2021), both against 512 of our steps.
+Writes results/peers.json.
+"""
+import argparse, copy, os, pathlib, platform, sys, time
+
+here = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(here.parent), str(here)]
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import sgu
+import stale
+
+SIDE, BATCH = 32, 64
+
+def gflop(model, *inputs):
+    """Floating point operations of one forward pass of one image, in 1e9 (a product and its sum
+    are two)."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return counter.get_total_flops() / 1e9
+
+def widest(make, inputs, target, widths):
+    """make(width) whose forward pass costs nearest to target -> (model, GFLOP)."""
+    costs = {width: gflop(make(width), *inputs) for width in widths}
+    width = min(costs, key=lambda w: abs(costs[w] - target))
+    return make(width), costs[width]
+
+def ours(precision):
+    """-> (step(): one training step, GFLOP, weights)."""
+    preset = dict(zip(sgu.COLUMNS, sgu.PRESETS[SIDE, "cpu"]))
+    model = sgu.UNet(3, *(preset[key] for key in sgu.COLUMNS[:4]))
+    images = torch.randint(0, 256, (2000, 3, SIDE, SIDE), dtype=torch.uint8)
+    recipe = sgu.Recipe(preset["noise_law"], precision=precision)
+    job = sgu.train(model, copy.deepcopy(model), sgu.VP(), images, steps=10**6, recipe=recipe,
+                    batch_size=BATCH)
+    cost = gflop(model, torch.zeros(1, 3, SIDE, SIDE), torch.zeros(1))
+    return lambda: next(job), cost, model
+
+def lucidrains(target):
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from ema_pytorch import EMA
+    inputs = torch.zeros(1, 3, SIDE, SIDE), torch.zeros(1)
+    model, cost = widest(lambda w: Unet(dim=w, dim_mults=(1, 2, 4)), inputs, target,
+                         range(8, 65, 8))
+    diffusion = GaussianDiffusion(model, image_size=SIDE, timesteps=1000)
+    optimiser = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    average = EMA(diffusion, beta=0.995, update_every=10)
+    def step():
+        optimiser.zero_grad()
+        diffusion(torch.rand(BATCH, 3, SIDE, SIDE)).backward()
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimiser.step()
+        average.update()
+    return step, cost, model
+
+def diffusers_unet(target):
+    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers.training_utils import EMAModel
+    def make(width):
+        return UNet2DModel(sample_size=SIDE, layers_per_block=1, norm_num_groups=8,
+                           block_out_channels=(width, 2 * width, 4 * width),
+                           down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+                           up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
+    inputs = torch.zeros(1, 3, SIDE, SIDE), torch.zeros(1)
+    model, cost = widest(make, inputs, target, range(8, 65, 8))
+    noise = DDPMScheduler(1000)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    average = EMAModel(model.parameters())
+    def step():
+        x, z = torch.rand(BATCH, 3, SIDE, SIDE) * 2 - 1, torch.randn(BATCH, 3, SIDE, SIDE)
+        t = torch.randint(1000, (BATCH,))
+        F.mse_loss(model(noise.add_noise(x, z, t), t).sample, z).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        average.step(model.parameters())
+    return step, cost, model
+
+def matrix_rate(dtype, n=1024, tries=5):
+    """GFLOP/s of a product of two n x n matrices, the best of some tries."""
+    a, seconds = torch.randn(n, n).to(dtype), []
+    for _ in range(tries + 1):
+        begin = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - begin)
+    return 2 * n ** 3 / 1e9 / min(seconds[1:])
+
+def training_costs(rounds, steps=3):
+    """-> {name: dict(ms, gflop, weights, share)}: the contenders take turns. share: of the matrix
+    rate of this machine in the step's precision, a step being three forward passes of a batch."""
+    fast = "bfloat16" in sgu.describe("cpu")
+    contenders = {"sgu.py, float32": ours("float32")}
+    target = contenders["sgu.py, float32"][1]
+    if fast:
+        contenders["sgu.py, bfloat16"] = ours("bfloat16")
+    contenders["denoising-diffusion-pytorch"] = lucidrains(target)
+    contenders["diffusers UNet2DModel"] = diffusers_unet(target)
+    seconds = {name: [] for name in contenders}
+    for turn in range(rounds + 1):                             # the first turn warms up
+        for name, (step, *_) in contenders.items():
+            begin = time.perf_counter()
+            for _ in range(steps):
+                step()
+            if turn:
+                seconds[name].append((time.perf_counter() - begin) / steps)
+    rates, found = {}, {}
+    for name, (_, cost, model) in contenders.items():
+        dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+        rates.setdefault(dtype, matrix_rate(dtype))
+        median = float(np.median(seconds[name]))
+        found[name] = dict(ms=1e3 * median, gflop=cost, rate=rates[dtype],
+                           weights=sum(p.numel() for p in model.parameters()),
+                           share=3 * BATCH * cost / median / rates[dtype])
+    return found
+
+def by_rk45(score, sde, x, tolerance, generator):
+    """log p(x): (B,) in nats and the evaluations, by SciPy's RK45 over all of the batch at once."""
+    from scipy.integrate import solve_ivp
+    draws = sgu.own_generators(x, generator)
+    signs = torch.stack([torch.randint(2, x.shape[1:], generator=g) for g in draws])
+    v, shape = (2 * signs - 1).to(x), x.shape
+    def flow(t, state):
+        y = torch.from_numpy(state[:x.numel()]).to(x).view(shape).requires_grad_()
+        at = torch.full((len(x),), float(t))
+        with torch.enable_grad():
+            g2 = float(sde.diffusion(at[:1].double())) ** 2
+            dy = sde.drift(y, at) - g2 * score(y, at) / 2
+            product, = torch.autograd.grad((dy * v).sum(), y)
+        div = (product * v).flatten(1).sum(1)
+        return torch.cat([dy.detach().flatten(), div]).double().numpy()
+    start = np.concatenate([x.double().numpy().ravel(), np.zeros(len(x))])
+    found = solve_ivp(flow, (sde.t_min, 1.0), start, rtol=tolerance, atol=tolerance)
+    end = torch.from_numpy(found.y[:, -1])
+    log_p = sde.prior_log_prob(end[:x.numel()].view(shape)) + end[x.numel():]
+    return log_p, found.nfev
+
+def likelihood_costs(n):
+    """-> rows of (network, solver, evaluations, seconds an image, error in bits/dim)."""
+    rows, arrays = [], np.load(here / "results" / "mnist_digits.npz")
+    digits = torch.from_numpy(arrays[arrays.files[0]][:n]).view(n, 1, 28, 28)
+    for name in ("standard", "orthogonal"):
+        model, sde = sgu.load_model(here / "results" / f"mnist_{name}.pt")
+        score, x = sgu.make_score(model, sde), sgu.from_levels(digits.float())
+        unit = x[0].numel() * np.log(2)
+        def seeded():
+            return torch.Generator().manual_seed(0)
+        exact = sgu.log_likelihood(score, sde, x, 512, generator=seeded())
+        for label, solve in [(f"sgu.py, {k} steps", lambda k=k: (
+                sgu.log_likelihood(score, sde, x, k, generator=seeded()), 4 * k))
+                for k in (8, 16, 32, 64)] + [(f"RK45, tolerance {tol:g}", lambda tol=tol: by_rk45(
+                    score, sde, x, tol, seeded())) for tol in (1e-3, 1e-5)]:
+            begin = time.perf_counter()
+            log_p, evaluations = solve()
+            rows.append(dict(network=name, solver=label, evaluations=evaluations,
+                             seconds=(time.perf_counter() - begin) / n,
+                             error=float((log_p - exact).abs().mean()) / unit))
+    return rows
+
+def table(training, likelihoods):
+    base = training["sgu.py, float32"]["ms"]
+    lines = ["| a step of 64 images | ms | of ours in float32 | GFLOP an image, forward | weights "
+             "| of the machine's matrix rate |", "|---|---:|---:|---:|---:|---:|"]
+    lines += [f"| {name} | {v['ms']:.0f} | {v['ms'] / base:.2f} | {v['gflop']:.3f} | "
+              f"{v['weights'] / 1e6:.2f} M | {v['share']:.0%} of {v['rate']:.0f} GFLOP/s |"
+              for name, v in training.items()]
+    lines += ["", "| likelihood | network | evaluations | ms an image | error, bits/dim |",
+              "|---|---|---:|---:|---:|"]
+    lines += [f"| {v['solver']} | {v['network']} | {v['evaluations']} | {1e3 * v['seconds']:.0f} | "
+              f"{v['error']:.5f} |" for v in likelihoods]
+    return "\n".join(lines)
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=8)
+    opt = parser.parse_args()
+    torch.set_num_threads(opt.threads)
+    start = time.time()
+    training, likelihoods = training_costs(opt.rounds), likelihood_costs(opt.images)
+    markdown = table(training, likelihoods)
+    device = sgu.describe("cpu")
+    words = (f"\n\n`python notebooks/peers.py --threads {opt.threads}`; {device}. Medians of "
+             f"{opt.rounds} rounds; {opt.images} digits; error: the mean distance from 512 steps.")
+    sgu.save_json(here / "results" / "peers.json", dict(
+        command=f"python notebooks/peers.py --threads {opt.threads}", device=device,
+        config=vars(opt), training=training, likelihoods=likelihoods, markdown=markdown + words,
+        versions=dict(python=platform.python_version(), torch=torch.__version__)))
+    stale.sign(pathlib.Path(__file__), start)
+    print(markdown + words)
+
+if __name__ == "__main__":
+    main()
