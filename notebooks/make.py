@@ -24,7 +24,7 @@ fill writes between such a comment and the <!-- end --> that must follow it:
                                          NAME paper: of paper.json
     <!-- code: MODULE.NAME ... -->       needs no end: see kit.with_code
 """
-import json, os, pathlib, re, sys, time
+import json, pathlib, re, sys, textwrap, time
 
 here = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
@@ -116,14 +116,19 @@ def rows_of(title, columns, paper, label):
     return rows
 
 
+def table_text(head, rows):
+    """A table in Markdown: the titles of its columns, and rows of cells; the first are words."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
 def markdown(rows, methods):
     """Rows of a table in Markdown, a column per method."""
     import sgu
     shown = [m for m in ORDER if m in methods] + [m for m in methods if m not in ORDER]
-    lines = [["", *(sgu.METHODS[m].title if m in sgu.METHODS else m for m in shown)]]
-    lines.append(["---"] + ["---:"] * len(shown))
-    lines += [[label, *(cells.get(m, "") for m in shown)] for label, cells, _ in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    head = ["", *(sgu.METHODS[m].title if m in sgu.METHODS else m for m in shown)]
+    return table_text(head, [[label, *(cells.get(m, "") for m in shown)]
+                             for label, cells, _ in rows])
 
 
 def results_table(results, table=None, tasks=tuple(TASKS)):
@@ -330,7 +335,6 @@ def run_notebooks(save, chosen=()):
     import nbformat
     import stale
     from nbclient import NotebookClient
-    os.environ["SGU_SAVE"] = str(int(save))                    # lets 08 and 10 write their results
     for path in sorted(here.glob("*.ipynb")):
         if chosen and path.name[:2] not in chosen:
             continue
@@ -395,9 +399,11 @@ def exercise_notebook(path, solution):
             out.update(cell_type="code", execution_count=None, outputs=[])
         if name == "answer":
             text = f"# question {q}: your answer\n{text}"
-        if kind == "check":
-            text = (f"# check of question {q}: run it, do not change it\n{text}\n"
-                    f"print('{q}: {cell['points']} of {cell['points']} points')")
+        if kind == "check":                                    # a line of words, never a traceback
+            text += f"\nprint('{q}: {cell['points']} of {cell['points']} points')"
+            head = f"# check of question {q}: run it, do not change it\n"
+            head += f"with marking.marked('{q}', {cell['points']}):\n"
+            text = head + textwrap.indent(text, "    ")
         cells.append(dict(out, source=text.splitlines(keepends=True)))
     kernel = dict(display_name="Python 3", language="python", name="python3")
     metadata = dict(kernelspec=kernel, language_info=dict(name="python"),

@@ -1221,7 +1221,6 @@ def in_jupyter(source, answers):
     config = pytest.importorskip("traitlets.config").Config()
     config.HistoryManager.enabled = False
     shell, ran = ipython.InteractiveShell(config=config), []
-    marking.into_jupyter(shell)
     for cell in make.exercise_notebook(source, solution=False)["cells"]:
         if cell["cell_type"] == "code":
             tag = cell["metadata"]["sgu"]

@@ -78,21 +78,6 @@ def picture():
             sys.modules["matplotlib.pyplot"].close("all")            # half of it would be shown
         say(f"no picture yet: {explain(error)}")
 
-def check_cell(lines):
-    """The lines of a cell as Jupyter is about to run it; those of a check run inside of marked."""
-    head, last = r"# check of question ([\d.]+)", r"print\('[\d.]+: \d+ of (\d+) points'\)\s*$"
-    found = re.match(f"(?s){head}.*{last}", "".join(lines))
-    if found is None:
-        return lines
-    return [f"with marking.marked('{found[1]}', {found[2]}):\n", *("    " + li for li in lines)]
-
-def into_jupyter(shell):
-    if shell is not None and check_cell not in shell.input_transformers_post:
-        shell.input_transformers_post.append(check_cell)
-
-if "IPython" in sys.modules:                   # None unless this is the process of a notebook
-    into_jupyter(sys.modules["IPython"].get_ipython())
-
 # ==== Predictions: on record before their run =====================================================
 
 RECORDED = {}                                  # question: (prediction, reason), since the start
