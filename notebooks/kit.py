@@ -1,6 +1,6 @@
 """What several notebooks share: pictures, committed results as figures and tables, the MNIST models,
 code in the text. Nothing of the method: that is sgu.py."""
-import ast, functools, importlib, inspect, json, math, os, pathlib, re, textwrap, types
+import ast, functools, importlib, inspect, math, os, pathlib, re, textwrap, types
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,15 +8,14 @@ import torch
 from IPython.display import Markdown, display
 
 import sgu
-from make import PAPER, interval
+from make import DATA as NAMES, ORDER as SHOWN, PAPER, interval, read_results as read
+from make import table_text
 from style import COLOUR, FORGET, MARKER, TITLE, frame
 
 RESULTS, DATA = pathlib.Path("results"), pathlib.Path(os.environ.get("SGU_DATA_ROOT", "../data"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORDER = tuple(PAPER["columns"])                                   # what the paper has
-ALL = (*ORDER[:3], "relative", "unseen")                          # with ours: the shipped networks
-SHOWN = (*ALL, "finetune")                                        # the order of methods everywhere
-NAMES = dict(mnist="MNIST", cifar10="CIFAR-10", stl10="STL-10", celeba="CelebA", glyphs="glyphs")
+ALL = SHOWN[:-1]                                                  # with ours: the shipped networks
 
 
 def say(text):
@@ -26,14 +25,7 @@ def say(text):
 
 def table(head, rows):
     """Show a table: the titles of its columns, and rows of cells, the first of them words."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    say("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
-
-
-def read(path):
-    """The content of a results file: a path, or its name without .json."""
-    path = RESULTS / f"{path}.json" if isinstance(path, str) and "/" not in path else path
-    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    say(table_text(head, rows))
 
 
 # ==== 1. Code in the text of a notebook ===========================================================
@@ -205,7 +197,7 @@ def percent(k, n):
 
 def results_with(task):
     """The committed results files in which a method did the task: path -> its content."""
-    found = {path: read(path) for path in sorted(RESULTS.glob("*.json"))}
+    found = {path: read(path.stem) for path in sorted(RESULTS.glob("*.json"))}
     return {path: r for path, r in found.items() if isinstance(r.get("methods"), dict)
             and any(task in m for m in r["methods"].values() if isinstance(m, dict))}
 

@@ -17,14 +17,10 @@ IMAGES = dict(glyphs=(1, 28), mnist=(1, 28), fashion=(1, 28), kmnist=(1, 28), ci
               stl10=(3, 64), celeba=(3, 64))                   # channels, side
 
 
-def from_standard(method, opt):
-    return (sgu.METHODS[method].start or opt.training) in ("standard", "finetune")
-
-
 def recipe_of(method, opt, steps, lr):
     """What the command notes of a method's training; see get_model of sgu.py."""
     how = sgu.METHODS[method]
-    if from_standard(method, opt):
+    if sgu.from_standard(method, opt):
         steps, lr = opt.unlearn_steps or max(1, round(how.share * steps)), lr * how.pace
     alpha = how.alpha if opt.alpha is None else opt.alpha
     window = how.window if opt.recipe == "balanced" else sgu.EVERY_SIGMA
@@ -51,7 +47,7 @@ def of_command(results, words):
     config["device"] = device if opt.device == "auto" else opt.device
     config["sampler_steps"] = opt.sampler_steps or sgu.SAMPLER_STEPS[config["sampler"]]
     methods = opt.methods.split(",")
-    if "standard" in methods or any(from_standard(m, opt) for m in methods):
+    if "standard" in methods or any(sgu.from_standard(m, opt) for m in methods):
         methods = [*dict.fromkeys(["standard", *methods])]
     config["methods"] = ",".join(methods)
     recipes = {m: dict(recipe=recipe_of(m, opt, config["steps"], config["lr"])) for m in methods}
