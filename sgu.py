@@ -463,11 +463,11 @@ def to_levels(x):
     """Images, clamped to [-1, 1] -> their 8-bit levels 0..255, uint8 on the CPU."""
     need(not x.isnan().any(), "NaN images: train with a lower --lr", FloatingPointError)
     return ((x.clamp(-1, 1) + 1) * 128).floor().clamp(max=255).to(torch.uint8).cpu()
-def from_levels(x):                                               # uint8 -> the middle of the cell
-    return (x + 0.5) / 128 - 1
+def from_levels(x, u=0.5):                       # uint8 -> in [-1, 1]: the middle of the cell, or u
+    return (x + u) / 128 - 1
 def dequantise(levels, generator=None):                           # uint8 -> anywhere in the cell
     jitter = torch.rand(levels.shape, generator=generator, device=levels.device)
-    return (levels + jitter) / 128 - 1
+    return from_levels(levels, jitter)
 
 def bits_per_dim(score, sde, x, steps=32, probes=1, exact=False, generator=None, error=False):
     """-log2 p/D of 8-bit images, dequantised, in bits/dim. x: (B, C, H, W) in [-1, 1] -> (B,).
@@ -476,7 +476,7 @@ def bits_per_dim(score, sde, x, steps=32, probes=1, exact=False, generator=None,
     need(float(x.abs().max()) <= 1, "bits/dim need images in [-1, 1], without NaN")
     levels, unit = to_levels(x).to(x.device), x[0].numel() * math.log(2)
     u = [torch.rand(x.shape[1:], generator=g) for g in own_generators(levels, generator)]
-    y = (levels + torch.stack(u).to(x)) / 128 - 1
+    y = from_levels(levels, torch.stack(u).to(x))
     nats = log_likelihood(score, sde, y, steps, probes, exact, generator, error)
     return (7 - nats[0] / unit, nats[1] / unit) if error else 7 - nats / unit
 
@@ -1140,7 +1140,7 @@ def finish(label, opt, job, kind=None, **config):
             say(f"{label:<28} {step}/{steps} {now - begin:5.0f} s, {left:.0f} s left  {note:<30}",
                 end="\r" if step < steps else "\n")
     opt.seconds[label] = saved["seconds"]
-    return read_file(path, kind)
+    return read_file(path, kind) if kind else saved
 
 def load_model(path, device="cpu"):
     """A finished <method>.pt -> (network, schedule): make_score of these two is its score."""
@@ -1341,8 +1341,8 @@ def draw_picture(path, rows, judge, forget):
 def run(opt, judge=None):
     """The experiment -> the content of results.json. What was finished earlier is read from --out.
     judge: instead of ours, a module with features and head."""
-    asked = {key: v for key, v in vars(opt).items() if v != vars(Options()).get(key)
-             and key not in ("out", "data_root", "fresh")}        # where files lie is left out
+    usual, places = vars(Options()), ("out", "data_root", "fresh")        # these are left out
+    asked = {k: v for k, v in vars(opt).items() if v != usual.get(k) and k not in places}
     words = [word for argument in as_arguments(asked) for word in argument.split("=", 1)]
     opt, data = resolve(opt)
     config, machine, opt.seconds = dict(vars(opt)), describe(opt.device), {}
