@@ -232,12 +232,16 @@ PAGES = [here.parent / "README.md", here / "results/README.md", *sorted(here.glo
 
 
 def look_up(content, path):
-    """What stands at a path such as runs.0.ci95.1; of keys that hold dots, the longest fits."""
+    """What stands at a path such as runs.0.ci95.1; of keys that hold dots, the longest fits. An
+    entry of a list is named by its number, or by what it alone says: rows.unseen/em/120."""
     if not path:
         return content
     words = path.split(".")
     known = content if isinstance(content, dict) else {}
-    known = {str(i): v for i, v in enumerate(content)} if isinstance(content, list) else known
+    if isinstance(content, list):
+        known, said = {str(i): v for i, v in enumerate(content)}, {*words[0].split("/")}
+        found = [v for v in content if isinstance(v, dict) and said <= {*map(str, v.values())}]
+        known |= {words[0]: found[0]} if len(found) == 1 else {}
     for i in range(len(words), 0, -1):
         key = ".".join(words[:i])
         if key in known:

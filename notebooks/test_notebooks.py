@@ -323,7 +323,8 @@ def test_pages_agree_with_the_results_files(page):
     assert make.filled_page(page, problems).encode() == page.read_bytes(), older
     assert not problems
 
-FOUND = {"all": {"k.1": [0.25, {"y z": 90}], "k": {"1": "the shorter key"}, "a,b": 5000},
+FOUND = {"all": {"k.1": [0.25, {"y z": 90}], "k": {"1": "the shorter key"}, "a,b": 5000,
+                 "rows": [dict(by="em", n=20, v=1), dict(by="em", n=120, v=2), dict(by="pc")]},
          "command": "python x.py", "device": "a CPU", "markdown": "| a table |\n\nof its own"}
 
 @pytest.fixture
@@ -344,6 +345,7 @@ def write_results(folder, name, content):
 @pytest.mark.parametrize("comment, wanted", [
     ("number: a,b.c all.k.1.0 .1%", "25.0%"), ("number: a,b.c all.k.1.0 +.2f", "+0.25"),
     ("number: a,b.c all.k.1.1.y z min", "1.5 min"), ("number: a,b.c all.a,b ,", "5,000"),
+    ("number: a,b.c all.rows.120/em.v d", "2"), ("number: a,b.c all.rows.0.v d", "1"),
     ("number:\na,b.c\nall.k.1.1.y\nz d", "90"), ("number: paper 2.mnist,ve.total.0 .1f", "26.8"),
     ("results: a,b.c", "\n| a table |\n\nof its own\n\n`python x.py`; a CPU.\n")])
 def test_fill(folder, comment, wanted):
@@ -355,6 +357,7 @@ def test_fill(folder, comment, wanted):
 
 @pytest.mark.parametrize("text, words", [
     ("<!-- number: a,b.c all.k.2 .1f --><!-- end -->", "no 2 among 1"),
+    ("<!-- number: a,b.c all.rows.em.v d --><!-- end -->", "no em.v among 0, 1, 2"),
     ("<!-- number: a,b.c all.k.1.2 .1f --><!-- end -->", "no 2 among 0, 1"),
     ("<!-- number: a,b.c every.k .1f --><!-- end -->", "no every.k among all, command, device,"),
     ("<!-- number: a,b.c all .1f --><!-- end -->", "all .1f -->: TypeError"),
