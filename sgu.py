@@ -45,7 +45,7 @@ def per_sample(v, x):                                             # (B,) -> (B, 
 # -beta s^2 + g^2. The noise level sigma = s/a is the clock that all schedules share.
 class Schedule:
     """A schedule defines marginal(t) -> a, s; diffusion(t) -> g; time(sigma) -> t; and, unless a is
-    1, beta(t) with a' = -beta a/2. All are (B,); a(1) must stay above 0."""
+    1, beta(t) with a' = -beta a/2. All are (B,); a(1) and s(t_min) must stay above 0."""
     t_min = 0.0                                # the smallest t that training and samplers visit
     def beta(self, t):
         return torch.zeros_like(t)
@@ -60,7 +60,7 @@ class Schedule:
     def drift(self, x, t):
         return -0.5 * per_sample(self.beta(t), x) * x
 
-    def prior_sample(self, shape, generator=None, device=None):   # N(0, s(1)^2 I): a(1) is nearly 0
+    def prior_sample(self, shape, generator=None, device=None):   # N(0, s(1)^2 I): x0 is lost in it
         return self.at(1)[1] * torch.randn(shape, generator=generator, device=device)
 
     def prior_log_prob(self, x):                                  # (B, ...) -> (B,) nats, float64
@@ -145,9 +145,9 @@ class Block(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
 class UNet(nn.Module):
-    """Images (B, C, H, W), log(sigma)/4 (B,), all it knows of t -> (B, C, H, W). channels: a width
+    """Images (B, C, H, W), log(sigma)/4 (B,), not t itself -> (B, C, H, W). channels: a width
     per level; blocks: how many a level, one number or a list; patch x patch pixels are folded into
-    channels first (2: a quarter of the cost). H and W divide by patch * 2^(levels - 1)."""
+    channels first (2: a quarter of the cost). H, W: multiples of patch * 2^(levels - 1)."""
     def __init__(self, image_channels=1, channels=(32, 64), blocks=1, patch=2, data_std=0.5):
         super().__init__()
         blocks = [blocks] * len(channels) if isinstance(blocks, int) else list(blocks)
@@ -193,7 +193,7 @@ def make_score(model, sde, data_std=None, precision="float32"):
     y = x/a = x0 + sigma z has the standard deviation total = sqrt(sigma^2 + data_std^2), and
         denoised = (data_std/total)^2 y + (sigma data_std/total) F(y/total, log(sigma)/4)
     gives F inputs and targets of unit variance at every noise level (Karras et al. 2022, Table 1).
-    The last line is e = (y - denoised)/sigma. data_std: as in training (None: the model's, 0.5)."""
+    The last line is e = (y - denoised)/sigma. data_std: as in training (None: model's or 0.5)."""
     std = getattr(model, "data_std", 0.5) if data_std is None else data_std
     need(precision in ("float32", "bfloat16"), f"precision is float32 or bfloat16, not {precision}")
     need(0 < std < math.inf, f"data_std must be positive, not {std}")
@@ -217,8 +217,8 @@ def make_score(model, sde, data_std=None, precision="float32"):
 # at (x_t, t): w are the weights of the two losses, q the densities from which they draw t; and
 # C = E[z z^T | x_t] under p_f. Notebook 8 derives all this, toy_gmm.py has it in numbers.
 # Signs: score.u = e.z/s^2, so descending e.z turns the score away from where D_f lies. The network
-# sees x_t, not z, and cannot be at right angles to every z behind x_t: only small e make (e.z)^2
-# small. Without the keep loss Obtuse and Relative, which are linear in e, have no minimum.
+# sees x_t, not z, so Orthogonal takes from e what is along e_f, the mean z; e_g points nearly the
+# same way, so little is left. Obtuse and Relative, linear in e, have no minimum without keeping.
 #
 # The weight w(t) of a loss (weighting=):
 #    'noise'      1, on the formulas above: no noise level drowns the others
@@ -262,7 +262,7 @@ def score_matching_loss(score, sde, x0, t=None, z=None, weighting="noise", gener
 
 def orthogonal_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
     """Eq. 9, 13: (e.z / D)^2, averaged over the batch. x0: (B, ...) from D_f -> scalar >= 0.
-    What is perpendicular to z costs nothing; of mean_i (e_i z_i)^2, pixel by pixel, all would."""
+    Right angles to z cost nothing; of mean_i (e_i z_i)^2, a square per pixel, they would."""
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
     return (loss_weight(sde, t, weighting, power=2) * (e * z).mean(1).square()).mean()
 
@@ -276,8 +276,8 @@ def relative_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=N
     """Ours: obtuse relative to a frozen score, e.(z - e_ref) / D. x0: (B, ...) of D_f -> scalar.
     reference: Standard's score, and e_ref its e. On average descending moves e by e_ref - e_f: not
     at all where D_f and D call for the same noise, nor where p_f prevails: e_ref is near e_f. With
-    the keep loss its optimum is therefore bounded, and guided away from D_f, by no classifier,
-        score_g + w grad log P(g | x_t),   w = (1 - alpha) w_f q_f |D_g| / (2 alpha w_g q_g |D_f|)
+    the keep loss its optimum is therefore bounded, and guided away from D_f without a classifier:
+        score_g + k grad log P(g | x_t),   k = (1 - alpha) w_f q_f |D_g| / (2 alpha w_g q_g |D_f|)
     with P(g | x_t) the probability that x_t came from D_g (cf. ESD, Gandikota et al. 2023)."""
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
     with torch.no_grad():
@@ -291,7 +291,7 @@ def sgu_loss(keep_loss, forget_loss, alpha):                      # Eq. 11, of t
 # A sampler steps from t down to t_next along a grid of times, and at its end takes the mean image
 # E[x0 | x_t], which removes the last, invisible noise. Times are float64, on the CPU.
 def time_grid(sde, steps, t_max=1.0, rho=7):
-    """steps + 1 times, t_max to t_min, even in sigma^(1/rho) (Karras): small sigma, short steps."""
+    """steps + 1 times, t_max to t_min, even in sigma^(1/rho) (Karras): fine at small sigma."""
     need(steps >= 1, f"steps must be at least 1, not {steps}")
     ends = torch.tensor([t_max, sde.t_min], dtype=torch.float64)
     first, last = sde.sigma(ends) ** (1 / rho)
@@ -316,7 +316,7 @@ def reverse_step(score, sde, x, t, t_next, generator):            # Euler-Maruya
     drift = sde.drift(x, t.reshape(1).to(x)) - g ** 2 * score_at(score, x, t)
     return x - drift * dt + g * math.sqrt(dt) * noise_like(x, generator)
 
-def langevin_step(score, sde, x, t, snr, generator):              # a corrector: p_t stays as it is
+def langevin_step(score, sde, x, t, snr, generator):              # a corrector: p_t nearly stays
     eps = 2 * (snr * sde.at(t)[1]) ** 2       # not 2 (snr |z|/|score|)^2: unlearned scores reach 0
     return x + eps * score_at(score, x, t) + math.sqrt(2 * eps) * noise_like(x, generator)
 
@@ -332,7 +332,7 @@ def move(mean, sde, x, t, t_next, generator, noisy=True):
 
 def ancestral_step(score, sde, x, t, t_next, generator):
     """One step of DDPM's own sampler, for every schedule. After a step of any length x has the
-    noise of t_next; Euler-Maruyama leaves up to (sigma/sigma_next)^2 times its variance."""
+    noise of t_next; Euler-Maruyama leaves more, (sigma/sigma_next)^2 as much in a short step."""
     return move(denoise(score, sde, x, t), sde, x, t, t_next, generator)
 
 def multistep(noisy):
@@ -355,7 +355,7 @@ def walk(step, score, sde, x, grid, generator):
 
 def euler_maruyama(score, sde, shape, steps=120, generator=None, device=None):
     """Samples of Eq. 4. shape: (B, ...) -> x: (B, ...), images near [-1, 1]; steps + 1 evaluations
-    of the score. Below about 20 steps those around sigma = 2 overshoot."""
+    of the score. Below about 20 steps they overshoot."""
     x = sde.prior_sample(shape, generator, device)
     return walk(reverse_step, score, sde, x, time_grid(sde, steps), generator)
 
@@ -400,7 +400,7 @@ SAMPLERS = dict(em=euler_maruyama, pc=predictor_corrector, ancestral=ancestral_s
 # l = log sigma it is smooth: some 32 steps of Runge-Kutta do (more for an unlearned network).
 #     dw/dl = b (e - b w),   div_w (dw/dl) = sigma div_y e - D b^2,   b = sigma/c
 # div_y e is the mean of v.(de/dy v), a vector-Jacobian product, over random signs v (Hutchinson).
-# They are drawn once and seeded by the image, so that no likelihood depends on the batch.
+# They are seeded by generator and image: for one seed, no likelihood depends on the batch.
 def own_generators(x, generator):
     """One CPU generator per sample of x: (B, ...), seeded by it and by one draw from generator."""
     device = generator.device if generator else None
@@ -509,7 +509,7 @@ def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
 
 def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
     """Noise x: (B, ...) to time t in [0, 1], then walk Eq. 4 back to data: (B, ...). The paper's
-    t = 0.02 is faint, sigma = 0.08 for VP and 0.012 for VE, from where every network finds back."""
+    t = 0.02 is faint, sigma = 0.08 for VP and 0.012 for VE; every network recovers from it."""
     need(0 <= t <= 1, f"reconstruct needs t in [0, 1], not {t}")
     if t <= sde.t_min:
         return x.clone()
@@ -523,8 +523,8 @@ def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
 # - The noise law. Of a uniform t few fall where images take shape: sigma around 1 for digits, 0.3
 #   for photographs. So log sigma ~ N(centre, spread^2); every k-th draw is uniform in it. [15.9]
 # - The weights: balanced_weight of section 3 on both losses, in place of the paper's. [14.4]
-# - The window: forgetting draws sigma from 0.2 to 6. Above, noise hides the class, p_f and p_g
-#   coincide, and forgetting only fights keeping; below, the class is settled already.
+# - The window: forgetting draws sigma from 0.2 to 6 (Relative: to 3). Above, noise hides the class,
+#   p_f and p_g coincide, and forgetting only fights keeping; below, the class is settled already.
 # - The optimiser: Muon for the inner convolutions, Adam for all other weights. [24.6]
 # - The precision: bfloat16 where the processor multiplies it faster. [17.7 in the same time]
 DIGIT_NOISE, PHOTO_NOISE = (0.2, 1.1, 8), (-1.2, 1.2, 32)         # (centre, spread, k)
@@ -574,15 +574,16 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x.view_as(p), alpha=-0.2 * math.sqrt(max(x.shape)) * group["lr"])
 
 def descend(model, ema, steps, lr, gradients, state=None):
-    """Train model; ema, or None, averages its weights. gradients(step) fills them in -> report. The
-    rate warms up for 5% of the steps and falls like a cosine. Yields dict(report, step, steps,
-    snapshot): snapshot() is a state to go on from, bit for bit; the last has the average alone."""
+    """Train model; ema, or None, averages its weights. gradients(step) sets every p.grad -> report.
+    The rate warms up for 5% of the steps and falls like a cosine. Yields dict(report, step, steps,
+    snapshot): snapshot() is a state to go on from, bit for bit; the last has only the average."""
     ema = model if ema is None else ema                           # then averaging changes nothing
     inner = [p for p in model.parameters() if p.dim() == 4][1:-1] # all but first and last 3x3
     others = [p for p in model.parameters() if all(p is not q for q in inner)]
     parts = [model, ema, torch.optim.Adam(others, lr, betas=(0.9, 0.99))]
     parts += [Muon(inner, lr)] if inner else []
     done = state["step"] if state else 0
+    need(not 0 < done < steps or "parts" in state, "a finished state has no optimisers to go on")
     ema.load_state_dict(state["weights"] if state else model.state_dict())
     for part, saved in zip(parts, state["parts"] if state and done < steps else ()):
         part.load_state_dict(copy.deepcopy(saved))
@@ -631,15 +632,15 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, s
           lr=4e-3, window=EVERY_SIGMA, recipe=Recipe(), data_std=None, seed=0, state=None,
           backward=eq_11):
     """Train model, a network for make_score, in place by Eq. 11: for info in train(...): ...
-    ema: copy.deepcopy(model), whose averaged weights one samples with. keep, forget: (N, ...) uint8
-    or floats on its device; forget_loss: any function with obtuse_loss's signature, at sigma in
-    window; recipe: 'balanced' is power 1 for keep, 1/2 for forget (for SGU-Relative pass a pair);
-    backward: how two losses become gradients. Yields dict(step, steps, keep, forget, score,
-    snapshot): the weighted losses, the averaged network's score(x, t), and as descend says. Raises
+    ema: copy.deepcopy(model), whose averaged weights one samples with, or None. keep, forget:
+    (N, ...) uint8 or floats on its device; forget_loss: of obtuse_loss's signature, at sigma in
+    window; recipe: a Recipe, whose 'balanced' is power 1 for keep, 1/2 for forget (for SGU-Relative
+    pass a pair); backward: how two losses become gradients. Yields dict(step, steps, keep, forget,
+    score, snapshot): losses weighted by w(t), the average's score(x, t), and as in descend. Raises
     as check_training does, and FloatingPointError for a loss that is not finite."""
     check_training(keep, forget, forget_loss, alpha, window, steps)
     std = getattr(model, "data_std", 0.5) if data_std is None else data_std
-    score, average = (make_score(m, sde, std, recipe.precision) for m in (model, ema))
+    score, average = (make_score(m, sde, std, recipe.precision) for m in (model, ema or model))
     both = recipe.weighting                                       # of keep and forget
     both = both if isinstance(both, (tuple, list)) else (both, both)
     weights = [balanced_weight(sde, std, power) if weight == "balanced" else weight
@@ -1025,8 +1026,8 @@ def describe(device):                            # the machine in words, for the
     path = pathlib.Path("/proc/cpuinfo")
     info = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     name = info.partition("model name\t: ")[2].partition("\n")[0] or platform.machine()
-    fast = ", bfloat16" if "amx_bf16" in info or "avx512_bf16" in info else ""
-    return f"{name}, {torch.get_num_threads()} threads{fast}"
+    fast = " (bfloat16)" if "amx_bf16" in info or "avx512_bf16" in info else ""
+    return f"{name}{fast}, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
 
 def from_standard(method, opt):                  # is this method trained on from Standard?
     return (METHODS[method].start or {"finetune": "standard"}.get(opt.training)) == "standard"
@@ -1222,8 +1223,7 @@ def values_of(method, network, opt, task, x, steps=None):
     if task == "samples":
         n, size, how = opt.samples, 100, dict(sampler=opt.sampler, sampler_steps=opt.sampler_steps)
     def compute(rows):
-        place = opt.seed * 1_000_003 + (0 if exact else rows.start)
-        g = torch.Generator(opt.device).manual_seed(place)
+        g = torch.Generator(opt.device).manual_seed(opt.seed * 1_000_003 + rows.start * (not exact))
         if task == "samples":
             shape = (rows.stop - rows.start, *x.shape[1:])
             return to_levels(SAMPLERS[opt.sampler](score, sde, shape, opt.sampler_steps,

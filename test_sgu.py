@@ -680,6 +680,8 @@ def test_resume(steps=6, stop=3):
     torch.save(kept, files[1])
     _, ema_again, log = run_training(*args, steps, (5, 6), state=row["snapshot"]())
     assert not log and same_weights(ema, ema_again), "a finished training has its average"
+    with pytest.raises(ValueError, match="optimisers"):
+        run_training(*args, steps + 1, (5, 6), state=row["snapshot"]())
     for file in files:
         state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
         again, ema_again, log = run_training(*args, steps, (5, 6), state=state)
@@ -704,6 +706,8 @@ def test_average():
     got = log[-1]["score"](x, t)
     expect(got, want, "the score handed out", 1e-6)
     assert not torch.allclose(got, live, rtol=1e-3)
+    row = next(sgu.train(model, None, *args[2:], steps=1, batch_size=8, data_std=1.5))
+    expect(row["score"](x, t), sgu.make_score(model, SDES["VE"], 1.5)(x, t), "without an average")
 
 @pytest.mark.parametrize("limit, word", [(5, "keep loss"), (6, "forget loss"), (None, "gradient")])
 def test_nonfinite(limit, word):

@@ -246,9 +246,10 @@ def make_table(results):
     return "\n".join([
         f"{results['device']}; seed {results['config']['seed']}; `{results['command']}`\n",
         *("| " + " | ".join(row) + " |" for row in rows),
-        "\nUnlearning is impossible: at 39.01 on D_f a density has at least 11.04 on D_g (section "
-        f"3 of toy_gmm.py). In the middle: nearest the mean of D_f, of {share['em']['n']} samples, "
-        f"95% intervals; of real D_g {100 * results['share_real']['D_g']:.1f}%. Unlearned scores "
+        "\nThe paper's row Unlearning is impossible: at 39.01 on D_f a density has at least 11.04 "
+        "on D_g (section 3 of toy_gmm.py). In the middle: nearest the mean of D_f, of "
+        f"{share['em']['n']} samples, 95% intervals; of real D_g "
+        f"{100 * results['share_real']['D_g']:.1f}%. Unlearned scores "
         "need not be those of one density: then the two samplers draw from different laws.\n"])
 
 def limit_panel(ax, methods):

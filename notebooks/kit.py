@@ -153,21 +153,20 @@ def beside(results, paper, title):
     plt.show()
 
 
-def task_figure(task, table, columns=4):
+def task_figure(task, table, names, columns=4):
     """The accuracy that is left after inpaint or reconstruct, on images to keep and to forget: a
-    panel for every row of the paper's table (3 or 4) and one for every results file of ours."""
+    panel for every row of the paper's table (3 or 4) and one for each of our results files."""
     panels = []                                                   # title, {(method, set): share}
     for data, rows in PAPER[table].items():
         shares = {(m, key): (value, None) for key in ("D_g", "D_f")
                   for m, value in zip(ORDER, rows[key])}
         panels.append((f"the paper:\n{NAMES[data.split(',')[0]]}", shares))
-    for path, results in results_with(task).items():
-        found = {m: e[task] for m, e in results["methods"].items() if task in e}
+    for name in names:
+        found = {m: e[task] for m, e in read(name)["methods"].items() if task in e}
         shares = {(m, key): (100 * e[key]["accuracy"], [100 * v for v in e[key]["ci95"]])
                   for m, e in found.items() for key in ("D_g", "D_f")}
-        data, _, rest = path.stem.partition("-")
-        n = next(iter(found.values()))["D_f"]["n"]
-        panels.append((f"{NAMES.get(data, data)}, n = {n}:\n{rest}", shares))
+        data, n = name.partition("-")[0], next(iter(found.values()))["D_f"]["n"]
+        panels.append((f"ours, n = {n}:\n{NAMES.get(data, data)}", shares))
     shown = [m for m in SHOWN if any((m, "D_f") in shares for _, shares in panels)]
     height, at = math.ceil(len(panels) / columns), dodge(shown)
     fig, axes = plt.subplots(height, columns, figsize=(9.4, 0.5 + 2.1 * height), sharey=True,
@@ -195,13 +194,6 @@ def percent(k, n):
     return interval(k / n, sgu.wilson(k, n))
 
 
-def results_with(task):
-    """The committed results files in which a method did the task: path -> its content."""
-    found = {path: read(path.stem) for path in sorted(RESULTS.glob("*.json"))}
-    return {path: r for path, r in found.items() if isinstance(r.get("methods"), dict)
-            and any(task in m for m in r["methods"].values() if isinstance(m, dict))}
-
-
 # ==== 4. The MNIST networks that come with this repository ========================================
 
 def digit_models(methods=ALL, shipped=False):
@@ -223,7 +215,7 @@ def digit_models(methods=ALL, shipped=False):
     judge = sgu.load_judge(RESULTS / "mnist_judge.pt", DEVICE)
     right = sgu.opinions(judge, data["test"][:1000])[0].argmax(1) == data["test_labels"][:1000]
     say(f"**Models:** the MNIST networks in `notebooks/results`; **images:** {words}. The judge "
-        f"names {100 * float(right.float().mean()):.1f}% of {len(right)} test images rightly.")
+        f"names {100 * float(right.float().mean()):.1f}% of {len(right)} test images correctly.")
     is_gone = sgu.is_forgotten(data, "test")
     images = {name: (data["test"][mask], data["test_labels"][mask])
               for name, mask in (("kept", ~is_gone), ("gone", is_gone))}

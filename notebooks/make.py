@@ -207,12 +207,15 @@ def words_of(results, sections):
             "Distances: Fréchet's, of its features.")
     if nll and "nll" in sections:
         words.append(f"NLL of {nll['n']['D_g']} and {nll['n']['D_f']} test images, ± one standard "
-                     "error; (?): the integration did not converge.")
+                     "error.")
+        if not all(all(m["nll_bits_per_dim"].get("converged", {}).values())
+                   for m in results["methods"].values() if "nll_bits_per_dim" in m):
+            words.append("(?): the integration did not converge.")
     for task in [task for task in TASKS if task in sections and task in one]:
         n = " and ".join(str(part["n"]) for part in one[task].values())
         clean = " and ".join(f"{part['clean']:.1%}" for part in one[task].values())
         words.append(f"{task.title()}: {n} test images of D_g and D_f, of which the judge names "
-                     f"{clean} rightly when untouched; distances of its features before and after.")
+                     f"{clean} correctly when untouched; distances of its features before and after.")
     return " ".join([*words, results.get("remark", "")]).strip()        # a remark is ours, by hand
 
 

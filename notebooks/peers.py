@@ -1,4 +1,4 @@
-"""What a training step and a likelihood cost beside others, in one run on the same cores.
+"""What a training step, samples and a likelihood cost beside others, in one run on the same cores.
 
     pip install denoising-diffusion-pytorch diffusers scipy
     python notebooks/peers.py [--threads 1] [--rounds 5]       from the repository's top folder
@@ -6,6 +6,8 @@
 A step: batches of 64 random images of 32x32 in three colours, our network of the CIFAR-10 preset
 beside lucidrains' Unet and diffusers' UNet2DModel of as many floating point operations a forward
 pass, each trained in the way of its own project; contenders take turns, the median round counts.
+Samples: one network, the shipped MNIST Standard, drawn by our samplers and by diffusers'; it knows
+the noise level alone, so it serves their chain of 1,000 steps as it serves our schedule.
 A likelihood: the shipped MNIST networks, the same digits and random signs, our fixed steps in
 log sigma beside SciPy's RK45 in t (Song et al. 2021), both against 512 of our steps.
 Writes results/peers.json.
@@ -169,13 +171,59 @@ def likelihood_costs(n):
                              error=float((log_p - exact).abs().mean()) / unit))
     return rows
 
-def table(training, likelihoods):
+def by_sgu(network, sampler, steps):
+    """draw(n, generator) -> n digits (n, 1, 28, 28), by a sampler of ours."""
+    score = sgu.make_score(network, sgu.VE())
+    return lambda n, generator: sgu.SAMPLERS[sampler](score, sgu.VE(), (n, 1, 28, 28), steps,
+                                                      generator=generator)
+
+def by_diffusers(network, scheduler, steps):
+    """The same by a scheduler of diffusers, whose chain has 1,000 steps as our DDPM has."""
+    sde = sgu.DDPM()
+    score = sgu.make_score(network, sde)
+    def draw(n, generator):
+        x = torch.randn(n, 1, 28, 28, generator=generator)
+        scheduler.set_timesteps(steps)
+        for k in scheduler.timesteps:
+            t = (int(k) + 1) / sde.n_steps                     # they count from 0
+            e = -sde.at(t)[1] * sgu.score_at(score, x, t)
+            x = scheduler.step(e, k, x, generator=generator).prev_sample
+        return x
+    return draw
+
+def sampling_costs(n, batch=100):
+    """-> rows of (sampler, evaluations, images a second, distance of n samples to real digits)."""
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+    judge = sgu.load_judge(here / "results" / "mnist_judge.pt")
+    digits = torch.from_numpy(np.load(here / "results" / "mnist_digits.npz")["images"])
+    network, _ = sgu.load_model(here / "results" / "mnist_standard.pt")
+    draws = {f"sgu.py, {name}": (steps + 1, by_sgu(network, name, steps))
+             for name, steps in (("multistep", 20), ("ode", 18), ("ancestral", 100), ("em", 120))}
+    for kind, steps in ((DPMSolverMultistepScheduler, 20), (DDIMScheduler, 50),
+                        (DDPMScheduler, 1000)):
+        draws[f"diffusers, {kind.__name__}"] = steps, by_diffusers(network, kind(), steps)
+    rows, real = [], sgu.opinions(judge, digits[:, None])[1]
+    for name, (evaluations, draw) in draws.items():
+        g, begin = torch.Generator().manual_seed(0), time.perf_counter()
+        with torch.no_grad():
+            images = torch.cat([sgu.to_levels(draw(batch, g)) for _ in range(n // batch)])
+        seconds = time.perf_counter() - begin
+        rows.append(dict(sampler=name, evaluations=evaluations, rate=len(images) / seconds,
+                         n=len(images), real=len(real),
+                         distance=sgu.frechet(sgu.opinions(judge, images)[1], real)))
+    return rows
+
+def table(training, samples, likelihoods):
     base = training["sgu.py, float32"]["ms"]
     lines = ["| a step of 64 images | ms | of ours in float32 | GFLOP an image, forward | weights "
              "| of the machine's matrix rate |", "|---|---:|---:|---:|---:|---:|"]
     lines += [f"| {name} | {v['ms']:.0f} | {v['ms'] / base:.2f} | {v['gflop']:.3f} | "
               f"{v['weights'] / 1e6:.2f} M | {v['share']:.0%} of {v['rate']:.0f} GFLOP/s |"
               for name, v in training.items()]
+    lines += ["", "| samples of one network | evaluations | images a second | distance |",
+              "|---|---:|---:|---:|"]
+    lines += [f"| {v['sampler']} | {v['evaluations']} | {v['rate']:.1f} | {v['distance']:.1f} |"
+              for v in samples]
     lines += ["", "| likelihood | network | evaluations | ms an image | error, bits/dim |",
               "|---|---|---:|---:|---:|"]
     lines += [f"| {v['solver']} | {v['network']} | {v['evaluations']} | {1e3 * v['seconds']:.0f} | "
@@ -187,17 +235,22 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=500)
     opt = parser.parse_args()
     torch.set_num_threads(opt.threads)
     start = time.time()
-    training, likelihoods = training_costs(opt.rounds), likelihood_costs(opt.images)
-    markdown = table(training, likelihoods)
+    training, samples = training_costs(opt.rounds), sampling_costs(opt.samples)
+    likelihoods = likelihood_costs(opt.images)
+    markdown = table(training, samples, likelihoods)
     device = sgu.describe("cpu")
-    words = (f"\n\n`python notebooks/peers.py --threads {opt.threads}`; {device}. Medians of "
-             f"{opt.rounds} rounds; {opt.images} digits; error: the mean distance from 512 steps.")
+    command = f"python notebooks/peers.py --threads {opt.threads}"
+    words = (f"\n\n`{command}`; {device}. Steps: medians of {opt.rounds} rounds. Samples: "
+             f"{samples[0]['n']}, in float32; distance: Fréchet's, of our judge's features, to "
+             f"{samples[0]['real']} real digits. Likelihoods: {opt.images} digits; error: the mean "
+             "distance from 512 steps.")
     sgu.save_json(here / "results" / "peers.json", dict(
-        command=f"python notebooks/peers.py --threads {opt.threads}", device=device,
-        config=vars(opt), training=training, likelihoods=likelihoods, markdown=markdown + words,
+        command=command, device=device, config=vars(opt), training=training, samples=samples,
+        likelihoods=likelihoods, markdown=markdown + words,
         versions=dict(python=platform.python_version(), torch=torch.__version__)))
     stale.sign(pathlib.Path(__file__), start)
     print(markdown + words)

@@ -439,7 +439,7 @@ def test_rows_of_several_results_files(folder):
         "| STL-10, VP, D_g, the paper's | 83.4 | 83.6 | 83.1 | 84.5 |  |",
         "| STL-10, VP, D_f, the paper's | 84.1 | 59.5 | 50.3 | 54.9 |  |"]
     for words in ("CIFAR-10, VP: `python sgu.py`; a CPU; seed 3. Inpaint: 50 and 50 test images of "
-                  "D_g and D_f, of which the judge names 90.0% and 80.0% rightly when untouched;",
+                  "D_g and D_f, of which the judge names 90.0% and 80.0% correctly when untouched;",
                   "The paper's: Table 3. In Tables 3 and 4"):
         assert words in got
     assert "CLIP, zero-shot" not in got and "NLL" not in got
@@ -1321,7 +1321,7 @@ def test_grader_survives(tmp_path):
         "5.2": solved["5.2"].replace("line_5_2 = 4", "line_5_2 = 1"),
         "5.3": "while True:\n    __import__('time').sleep(1)", "5.4": None,
         "5.5": "import os; os._exit(3)", "5.6": solved["5.6"]})
-    eighth = hand_in(tmp_path, 8, {"8.1": "def wilson(:", "8.4": "guess_8_4 = 0.44\nwhy_8_4 = ''"})
+    eighth = hand_in(tmp_path, 8, {"8.2": "def wilson(:", "8.4": "guess_8_4 = 0.44\nwhy_8_4 = ''"})
     (tmp_path / "bad.ipynb").write_text("{")
     (tmp_path / "07.ipynb").write_text('{"cells": []}')
     files = [second, fifth, eighth, tmp_path / "bad.ipynb", tmp_path / "07.ipynb"]
@@ -1335,7 +1335,7 @@ def test_grader_survives(tmp_path):
             ("5.1", "2/2", "passed"), ("5.2", "2/3", "the function is right now"),
             ("5.3", "0/3", "no result after 20 s"), ("5.4", "0/2", "is missing"),
             ("5.5", "0/2", "exit code 3"), ("5.6", "2/2", "passed; why: The obtuse loss is"),
-            ("8.1", "0/3", "syntax error in line 1"), ("8.3", "0/3", "which line is to blame"),
+            ("8.2", "0/3", "syntax error in line 1"), ("8.3", "0/3", "which line is to blame"),
             ("8.4", "0/2", "in why_8_4, in a sentence"), ("8.6", "0/2", "not answered yet")):
         said = lines[question]
         assert said.startswith(points) and words in said, f"{question}: {said}\n{run.stderr}"

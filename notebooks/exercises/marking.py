@@ -94,14 +94,16 @@ BECAUSE = {
     "4.5": "under this model all images are equally likely, simple ones included",
     "5.5": "e is {length:.4f} times as long as that of the kept data, and the cosine between the "
            "two is {cosine:.2f}",
-    "5.6": "the length grows by a factor of {growth:.3g}",
+    "5.6": "the length grows by a factor of {growth:.3g}; the minimiser is e_g - R/2 e_f with R = "
+           "(1 - alpha)/alpha p_f/p_g",
     "6.1": "in strong noise almost everything one sees is noise, so it is easy to name; there a "
            "forget loss fights what every image needs",
     "7.3": "the mean of the fillings is {mean:.2f}",
-    "8.2": "even to claim less than 1% you need some 400 samples without a single hit",
+    "8.1": "even to claim less than 1% you need some 400 samples without a single hit",
     "8.4": "the judge's own errors are a floor, below which no model can be reported unless it "
            "draws digits that are easier to read",
-    "8.6": "no density with that value on D_f can do better than {limit:.2f} on D_g",
+    "8.6": "no density with that value on D_f can do better than {limit:.2f} on D_g; how, then, can "
+           "a paper come to print such numbers?",
     "9.2": "the error of 16 steps is {plain:.2g} nats for the plain Gaussian and {turned:.2g} for "
            "the turned one",
     "9.5": "{coarse:.1f} bits/dim with a standard error of {error:.1f} at 16 steps, {fine:.1f} at "

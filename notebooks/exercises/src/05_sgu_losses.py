@@ -95,9 +95,9 @@ with marking.planted_bug(globals().get("line_5_2"), "5.2"):
 # ## Question 5.3 (3 points, 15 minutes): find the bug
 #
 # SGU-Orthogonal (Eq. 9) wants the score to be perpendicular to $u$: it squares an *inner product*.
-# The code below can be found in public. It trains, the loss falls, the class disappears; but a
-# score that is already perpendicular to $u$ still pays, and every pixel of it is pushed to zero on
-# its own. Fix the function, and give the number of the line that is wrong.
+# The code below makes an easy slip. It trains, the loss falls, the class disappears; but a score
+# that is already perpendicular to $u$ still pays, and every pixel of it is pushed to zero on its
+# own. Fix the function, and give the number of the line that is wrong.
 #
 # $$L_{\mathrm{orthogonal}} =
 # \frac{1}{B} \sum_b \left( \frac{s_b^2 \cdot \mathrm{score}_b \cdot u_b}{D} \right)^2 =
@@ -199,8 +199,7 @@ marking.compare("5.5", said, answer, length=length, cosine=cosine)
 # %% [markdown]
 # ## Question 5.6 (2 points, 10 minutes): predict, then run
 #
-# Now SGU-**Obtuse** in the same place. Its minimiser is
-# $e_g - \frac{1 - \alpha}{2 \alpha} \frac{p_f}{p_g} e_f$. What happens to its *length* as $\alpha$
+# Now SGU-**Obtuse** in the same place. What happens to the *length* of its minimiser as $\alpha$
 # goes from 0.1 to 0.001?
 #
 # - **a** it goes to zero, as with the orthogonal loss

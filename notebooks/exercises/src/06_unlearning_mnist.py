@@ -88,13 +88,11 @@ marking.compare("6.1", said, float((e * z).mean()), 0.1)
 # ## Question 6.2 (3 points, 15 minutes): find the bug
 #
 # One does not sample from the network itself but from an average of its weights over the last steps
-# (EMA, exponential moving average). A long training run uses a decay of 0.9999, which averages over
-# some 10,000 steps. Fine-tuning takes a few hundred. A student wrote the loop below and reports:
-# "unlearning does not work, the samples look the same as before". The network *has* forgotten; the
-# average remembers. Fix the loop, and give the number of the line that is wrong: after $n$ steps
-# the decay should be
-#
-# $$d_n = \min\left( d, \frac{1 + n}{10 + n} \right).$$
+# (EMA, exponential moving average). A student took the loop below from a long training run, used it
+# for a few hundred steps of fine-tuning, and reports: "the loss falls, but the samples look the
+# same as before". Fix the loop, and give the number of the line that is wrong. If you find that a
+# constant $c$ is to blame, put $\min\left( c, \frac{1 + n}{10 + n} \right)$ in its place in step
+# $n$, which is what the check expects.
 #
 # **Marked by** `check_ema`: the average after four steps, starting from the weights that the
 # network had (2 points); and by your line number (1 point).
@@ -152,7 +150,7 @@ with marking.planted_bug(globals().get("line_6_2"), "6.2"):
     checks.check_ema(finetune)
 
 # %% [markdown]
-# ## Question 6.3 (2 points, 15 minutes): a forget loss of your own
+# ## Question 6.3 (2 points, 15 minutes): another forget loss
 #
 # Any function with the signature of `sgu.obtuse_loss` can be a forget loss. The simplest idea is to
 # train *backwards*, towards a large error on $D_f$ (NegGrad). That has no limit, so cap it: for

@@ -2,9 +2,9 @@
 # # Exercise 8: judging forgetting honestly
 #
 # "The model has forgotten the class" is a claim, and claims need evidence: how many samples, which
-# judge, how sure, and at what price? Read section 9 of `sgu.py` and section 3 of `toy_gmm.py` after
-# you have tried, not before. 6 questions, 14 points, about 70 minutes. What a judge should do with
-# an image that shows no digit at all is the subject of exercise 10.
+# judge, how sure, and at what price? Read section 9 of `sgu.py`, section 3 of `toy_gmm.py` and
+# notebook 01 after you have tried, not before. 6 questions, 14 points, about 70 minutes. What a
+# judge should do with an image that shows no digit at all is the subject of exercise 10.
 
 # %%
 import math
@@ -20,10 +20,31 @@ import toy_gmm
 from checks import F64, seeded
 
 # %% [markdown]
-# ## Question 8.1 (3 points, 15 minutes)
+# ## Question 8.1 (1 point, 5 minutes): predict, then run
 #
-# A judge finds the forgotten class in $k$ of $n$ samples. The *unlearning ratio* $k/n$ on its own
-# says nothing about chance: 0 of 20 proves little. Report an interval. Wilson's 95% interval holds
+# You draw 20 samples, and a judge, a classifier, finds the forgotten class in none of them. How
+# large might the true share, the *unlearning ratio*, still be? Guess the upper end of its 95%
+# interval, as a fraction, and say in a sentence why.
+#
+# **Marked by** the formula: within 0.05.
+
+# %% student 8.1
+guess_8_1 = None                               # your prediction: a fraction
+why_8_1 = ""                                   # and why, in a sentence
+
+# %% solution 8.1
+guess_8_1 = 0.16
+why_8_1 = "A ratio of one in six leaves 20 samples without a hit in (5/6)^20 = 2.6% of all cases."
+
+# %% check 8.1 (1 point)
+said = marking.record("8.1", guess_8_1, why_8_1, number=True)
+marking.compare("8.1", said, sgu.wilson(0, 20)[1], 0.05)
+
+# %% [markdown]
+# ## Question 8.2 (3 points, 15 minutes)
+#
+# The judge finds the forgotten class in $k$ of $n$ samples. The ratio $k/n$ on its own says nothing
+# about chance: 0 of 20 proves little. Report an interval. Wilson's 95% interval holds
 # every $p$ for which $k$ is no surprise, that is, $|k/n - p| \le z_0 \sqrt{p (1 - p) / n}$ with
 # $z_0 = 1.959964$; solved for $p$,
 #
@@ -33,12 +54,12 @@ from checks import F64, seeded
 # **Marked by** `check_wilson`: the ends must only just satisfy the inequality, also at $k = 0$ and
 # $k = n$.
 
-# %% student 8.1
+# %% student 8.2
 def wilson(k, n):
     """k of n -> [lo, hi], fractions in [0, 1]."""
-    raise NotImplementedError("question 8.1")
+    raise NotImplementedError("question 8.2")
 
-# %% solution 8.1
+# %% solution 8.2
 def wilson(k, n):
     """k of n -> [lo, hi], fractions in [0, 1]."""
     z = 1.959964
@@ -46,28 +67,8 @@ def wilson(k, n):
     half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
-# %% check 8.1 (3 points)
+# %% check 8.2 (3 points)
 checks.check_wilson(wilson)
-
-# %% [markdown]
-# ## Question 8.2 (1 point, 5 minutes): predict, then run
-#
-# You draw 20 samples, and the judge finds no forgotten class among them. How large might the true
-# ratio still be? Guess the upper end of the 95% interval, as a fraction, and say in a sentence why.
-#
-# **Marked by** the formula: within 0.05.
-
-# %% student 8.2
-guess_8_2 = None                               # your prediction: a fraction
-why_8_2 = ""                                   # and why, in a sentence
-
-# %% solution 8.2
-guess_8_2 = 0.16
-why_8_2 = "A ratio of one in six leaves 20 samples without a hit in (5/6)^20 = 2.6% of all cases."
-
-# %% check 8.2 (1 point)
-said = marking.record("8.2", guess_8_2, why_8_2, number=True)
-marking.compare("8.2", said, sgu.wilson(0, 20)[1], 0.05)
 
 # %% [markdown]
 # ## Question 8.3 (3 points, 15 minutes): find the bug
@@ -191,8 +192,7 @@ checks.check_frechet(frechet)
 # - **b** only just: it lies on the limit
 # - **c** no: a density with that value on $D_f$ must do worse on $D_g$
 #
-# **Marked by** the limit, found by numerical integration. If you answer c: how, then, can a paper
-# come to print such numbers? Write down your idea.
+# **Marked by** the limit, found by numerical integration.
 
 # %% student 8.6
 choice_8_6 = ""                                # your prediction: a, b or c
