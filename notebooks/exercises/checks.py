@@ -306,6 +306,7 @@ def check_noising(loss=sgu.score_matching_loss, sde=SDES["VP"]):
     loss(planted(sde, e, calls), sde, x0, t=t, z=z)
     a, s = (sgu.per_sample(v, x0) for v in sde.marginal(t))
     assert calls, "your loss never asks the score"
+    assert calls[0][0].shape == x0.shape, "ask the score once, about the whole batch"
     expect(calls[0][1], t, "the time given to the score")
     expect(calls[0][0], a * x0 + s * z, "the noisy image given to the score", 1e-6, {
         "x0 is not scaled: x_t = a x0 + s z": x0 + s * z,
@@ -356,6 +357,7 @@ def check_orthogonal(orthogonal_loss=sgu.orthogonal_loss, sde=SDES["VE"]):
         by_element: (e * z).square().mean(),
         "you summed over the pixels: (e.z / D)^2 divides by D": (64 * d ** 2).mean(),
         "the square is missing": d.mean(),
+        "there is a 1/2 too many": (d ** 2).mean() / 2,
         "you took the absolute value in place of the square": d.abs().mean(),
         "you divided by D once: (e.z / D)^2 divides by D^2": (8 * d ** 2).mean(),
         "you averaged over the batch before squaring": d.mean() ** 2,
@@ -376,10 +378,12 @@ def check_obtuse_sign(obtuse_loss=sgu.obtuse_loss, sde=SDES["VE"]):
         return obtuse_loss(planted(sde, e), sde, x0, t=t, z=z)
     d, s2, toward = inner(e, z), sde.marginal(t)[1] ** 2, z.square().flatten(1).mean(1)
     flipped = "your sign is flipped: the score turns toward the forgotten data"
-    lacks, wrong = "this is score.u / D: lambda(t) = s^2 is missing", "you used s where s^2 belongs"
+    lacks, wrong = "this is score.u / D: lambda(t) = s^2 is missing", "a factor s is missing"
     what = "obtuse loss of the score that points at the forgotten image"
     expect(value(z), toward.mean(), what, 1e-6, {
-        flipped: -toward.mean(), lacks: (toward / s2).mean(), wrong: (toward / s2.sqrt()).mean()})
+        flipped: -toward.mean(), lacks: (toward / s2).mean(), wrong: (toward / s2.sqrt()).mean(),
+        "you summed over the pixels: divide by D": 8 * toward.mean(),
+        "there is a 1/2 too many": toward.mean() / 2})
     norms = e.flatten(1).norm(dim=1) * z.flatten(1).norm(dim=1)
     expect(value(e), d.mean(), "obtuse loss", 1e-6, {
         flipped: -d.mean(),
@@ -704,18 +708,21 @@ def check_ema(train=sgu.train):
         for p in ema.parameters():
             nn.init.constant_(p, 100.)
         want = [p.detach().to(F64).clone() for p in model.parameters()]
-        slow = [w.clone() for w in want]       # without the warm-up
+        slow, fast = ([w.clone() for w in want] for _ in "ab")       # without the warm-up, or d
         kw = dict(steps=4, batch_size=8, lr=1e-2) | (dict(ema_decay=decay) if has else {})
         for row in train(model, ema, SDES["VE"], tiny_data(), **kw):
             d, now = min(decay, (1 + row["step"]) / (10 + row["step"])), list(model.parameters())
             want = [d * w + (1 - d) * p.detach().to(F64) for w, p in zip(want, now)]
             slow = [decay * w + (1 - decay) * p.detach().to(F64) for w, p in zip(slow, now)]
+            d = (1 + row["step"]) / (10 + row["step"])
+            fast = [d * w + (1 - d) * p.detach().to(F64) for w, p in zip(fast, now)]
         gap = max(float((p.detach() - 100).abs().min()) for p in ema.parameters())
         assert gap > 50, \
-            "the EMA remembers: restart it from the network's weights before fine-tuning"
-        for w, p, q, r in zip(want, ema.parameters(), model.parameters(), slow):
+            "the average does not start from the network's weights: load them before fine-tuning"
+        for w, p, q, r, f in zip(want, ema.parameters(), model.parameters(), slow, fast):
             expect(p, w, f"EMA after 4 steps at decay {decay}", 1e-5, {
                 "there is no EMA: it copies the network": q,
+                "the decay must not exceed ema_decay": f,
                 "the EMA remembers: without the warm-up, decay min(d, (1 + n)/(10 + n)), it stays "
                 "what it was before fine-tuning": r})
 
@@ -741,18 +748,19 @@ def check_wilson(wilson=sgu.wilson):
             for wrong in ((a, b), (max(a, 0.), min(b, 1.))):
                 same = max(abs(lo - wrong[0]), abs(hi - wrong[1])) < 1e-5
                 assert not same, f"interval of {k} of {n}: {words}"
-        assert -1e-9 <= lo <= hi <= 1 + 1e-9, f"interval of {k} of {n}: [{lo:.4g}, {hi:.4g}] is " \
-            "none in [0, 1]: compare each term with the formula"
+        assert -1e-9 <= lo <= hi <= 1 + 1e-9, f"interval of {k} of {n}: [{lo:.4g}, {hi:.4g}] " \
+            "does not lie in [0, 1]: compare each term with the formula"
         edges = {0: (0., z * z / m), n: (n / m, 1.)}.get(k)
         for i, q in enumerate((lo, hi)):
             if edges:
                 expect(q, edges[i], f"end of the interval of {k} of {n}", 1e-5)
             else:
-                distance = abs(p - q) / math.sqrt(q * (1 - q) / n) / z
-                what = f"distance of k/n from the end {q:.4g} of the interval of {k} of {n}, in " \
-                       "z_0 standard errors"
-                expect(distance, 1., what, 1e-4, {
-                    "z_0 is 1.96 for 95%, not 1": 1 / z, "this is a 99% interval": 2.5758 / z})
+                distance = abs(p - q) / math.sqrt(max(q * (1 - q), 1e-12) / n) / z
+                mistakes = {1 / z: "z_0 is 1.96 for 95%, not 1", 2.5758 / z: "this is a 99% one"}
+                why = [words for far, words in mistakes.items() if abs(distance - far) < 0.01]
+                assert abs(distance - 1) < 1e-4, \
+                    f"the {('lower', 'upper')[i]} end of the interval of {k} of {n} is {q:.4g}, " \
+                    f"not {centre + (2 * i - 1) * half:.4g}: {(why or ['compare each term'])[0]}"
 
 def check_frechet(frechet=sgu.frechet):
     """Clouds with exactly known moments: shifted, stretched, with axes of their own."""
@@ -762,7 +770,7 @@ def check_frechet(frechet=sgu.frechet):
         "the factor 2 in front of the root is missing": 2.})
     what = "distance of a cloud from the same shifted by (3, -4)"
     expect(frechet(white, white + shift), 25., what, 1e-5, {
-        "the means' distance must be squared": 5.,
+        "a distance is not squared, that of the means or your result: the answer is d^2": 5.,
         "you took the mean over features: it is a sum": 12.5})
     what = "distance of a round cloud from one stretched by 2 and 5"
     expect(frechet(white, white * stretch), 17., what, 1e-5, {
@@ -810,6 +818,7 @@ def check_agreement(agreement, sde=SDES["VE"]):
     expect(got, d, "e.z / D of three images", 1e-6, {
         "the sign of e is flipped: e = -s score": -d,
         "you summed over the pixels: divide by D": 8 * d,
+        "you divided by B, too": d / 3,
         "this is score.z / D: e = -s score": -d / s,
         "s is missing: e = -s score": d / s,
         "this is score.u / D: multiply by s^2": d / s ** 2})
@@ -1103,6 +1112,8 @@ def check_report(report):
         "this is the share that it is sure of": 0.65})
     expect(kept, 0.40, "share of surely kept classes", 1e-6, {
         "your judge counts noise as kept": 0.70,
+        "a forgotten class of which it is sure is not kept": 0.65,
+        "these are samples of which it is NOT sure": 0.30,
         "an image may be forgotten and unsure at once: 1 - ratio - unsure counts it twice": 0.35})
     one = report(rows, [1])["ratio"]
     expect(one, 0.23, "share of class 1 when only 1 is to be forgotten", 1e-6, {

@@ -2,10 +2,10 @@
 # # Exercise 5: the two SGU losses
 #
 # A model has learned from $D_g$ (to keep) and $D_f$ (to forget) together. Score-based Generative
-# Unlearning goes on training it with the sum of two losses (Eq. 11): the keep loss on $D_g$, and a
-# *forget loss* on $D_f$. On an image to forget, noised by $z$, the score should no longer point to
-# the image: $u = -z/s$ is the direction to it, and $\mathrm{score} \cdot u = e \cdot z / s^2$ says
-# how far the score agrees.
+# Unlearning continues training it on a weighted sum of two losses (Eq. 11): the keep loss on $D_g$,
+# and a *forget loss* on $D_f$. On an image to forget, noised by $z$, the score should no longer
+# point to the image: $u = -z/s$ is the direction to it, and
+# $\mathrm{score} \cdot u = e \cdot z / s^2$ says how far the score agrees.
 #
 # Read section 3 of `sgu.py` after you have tried, not before. 6 questions, 14 points, about
 # 65 minutes.
@@ -31,8 +31,8 @@ from checks import F64, SDES
 #
 # $$c_b = \frac{e_b \cdot z_b}{D} = \frac{1}{D} \sum_{i} e_{bi} z_{bi}.$$
 #
-# As in exercise 2, $e = -s \cdot \mathrm{score}(a x_0 + s z, t)$, and images have any shape
-# (B, ...).
+# As in exercise 2, $e = -s \cdot \mathrm{score}(a x_0 + s z, t)$ with $a, s$ from
+# `sde.marginal(t)`; images have any shape (B, ...), to which `sgu.per_sample` fits a number each.
 #
 # **Marked by** `check_agreement`: against plain loops, on images of 2x2x2.
 
@@ -139,8 +139,8 @@ with marking.planted_bug(globals().get("line_5_3"), "5.3"):
 #
 # $$L = \alpha L_{\mathrm{keep}}(D_g) + (1 - \alpha) L_{\mathrm{forget}}(D_f)$$
 #
-# **Marked by** `check_sgu_loss`: at $\alpha = 0, 0.3, 1$, with a forget loss that notes what it is
-# given.
+# **Marked by** `check_sgu_loss`: at $\alpha = 0, 0.3, 1$, with a forget loss that records its
+# arguments.
 
 # %% student 5.4
 def sgu_loss(score, sde, x_g, x_f, alpha, forget_loss=sgu.orthogonal_loss, generator=None):
@@ -202,7 +202,7 @@ marking.compare("5.5", said, answer, length=length, cosine=cosine)
 # Now SGU-**Obtuse** in the same place. What happens to the *length* of its minimiser as $\alpha$
 # goes from 0.1 to 0.001?
 #
-# - **a** it goes to zero, as with the orthogonal loss
+# - **a** it goes to zero
 # - **b** it stays about the same
 # - **c** it grows about a hundredfold, without limit
 #

@@ -113,8 +113,8 @@ with marking.planted_bug(globals().get("line_8_3"), "8.3"):
 #
 # A judge reads 98% of the real images of each of ten digits correctly; when it errs, all other
 # digits are equally likely. A perfectly unlearned model draws eight digits flawlessly, and never a
-# 3 or a 7. Which unlearning ratio (3 and 7 together) does the judge report? Write down a fraction,
-# and one sentence saying why.
+# 3 or a 7. Which unlearning ratio (3 and 7 together) does the judge report? Write down a number
+# between 0 and 1, and one sentence saying why.
 #
 # **Marked by** a table of verdicts in which every error occurs as often as it should: within
 # 0.0003.
@@ -139,7 +139,7 @@ marking.compare("8.4", said, floor, 0.0003)
 # %% [markdown]
 # ## Question 8.5 (3 points, 15 minutes)
 #
-# A model that forgets by ruining everything must be found out, too. Compare the features of the
+# A model that forgets by ruining everything must be caught, too. Compare the features of the
 # kept samples with those of real images of $D_g$: fit a Gaussian to each set (means $m$,
 # covariances $C$), and take the squared Fréchet distance
 #
@@ -177,16 +177,15 @@ checks.check_frechet(frechet)
 #
 # The toy example of the paper lives in two dimensions:
 # $p_g = \frac{1}{2} N((-2, -2), I) + \frac{1}{2} N((2, 2), I)$ is kept, and $p_f = N(0, I)$ is to
-# be forgotten. For the unlearned model, its Table 1 reports an NLL of 10.64 on $D_g$ and of 39.01
-# on $D_f$ (in bits per dimension + 8, so nats are $(\mathrm{value} - 8) \cdot 2 \log 2$). For
-# *any* probability density $q$, and any $\mu$ with $p_g - \mu p_f \ge 0$, Gibbs' inequality
+# be forgotten. Table 1 of the paper reports for its unlearned model an NLL of 10.64 on $D_g$ and of
+# 39.01 on $D_f$ (in bits per dimension + 8, so nats are $(\mathrm{value} - 8) \cdot 2 \log 2$).
+# For *any* probability density $q$, and any $\mu$ with $p_g - \mu p_f \ge 0$, Gibbs' inequality
 # gives, with the entropy $H$,
 #
 # $$E_g[-\log q] \ge \mu E_f[-\log q] +
 # (1 - \mu) H\left( \frac{p_g - \mu p_f}{1 - \mu} \right).$$
 #
-# So whoever makes $D_f$ unlikely has to pay for it on $D_g$. Can a density have the paper's pair of
-# values?
+# Can a density have the paper's pair of values?
 #
 # - **a** yes, with room to spare
 # - **b** only just: it lies on the limit
