@@ -993,7 +993,7 @@ def parse_options(argv=None):
     add("methods", some_of(METHODS), ", ".join(METHODS), default)
     add("training", ("finetune", "retrain"), "SGU on from Standard, or from nothing", "finetune")
     add("recipe", tuple(RECIPES), "balanced (see section 7), or paper", "balanced")
-    add("pretrained", str, "the standard.pt of an earlier run, for Standard")
+    add("pretrained", str, "the standard.pt of an earlier run, under any --sde")
     add("sde", tuple(SCHEDULES), "ve, vp or ddpm (default: ve for digits, else vp)")
     add("alpha", within(float, 0, 1), "of Eq. 11 (default: the method's)")
     add("steps", count, "of Standard and Unseen (default, as below: see PRESETS)")
@@ -1071,10 +1071,9 @@ def resolve(opt):
     need((opt.sampler, opt.sde) != ("ancestral", "ddpm") or opt.sampler_steps <= 1000,
          f"--sampler-steps: the chain has 1000 steps, not {opt.sampler_steps}")
     if opt.pretrained:
-        model, schedule = load_model(opt.pretrained)
-        opt.network = model.config
-        need(type(schedule) is SCHEDULES[opt.sde] and model.config["image_channels"] == channels,
-             f"--pretrained {opt.pretrained}: is no model of such images with --sde {opt.sde}")
+        opt.network = load_model(opt.pretrained)[0].config        # of any --sde: it knows sigma
+        need(opt.network["image_channels"] == channels,
+             f"--pretrained {opt.pretrained}: is no model of images with {channels} channels")
     unit = opt.network["patch"] * 2 ** (len(opt.network["channels"]) - 1)
     need(side % unit == 0 and side >= 8, f"{data['name']}: images are {side} pixels wide; "
          f"they must be 8 or more, a multiple of {unit}")
