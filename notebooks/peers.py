@@ -1,7 +1,7 @@
 """What a training step, samples and a likelihood cost beside others, in one run on the same cores.
 
     pip install denoising-diffusion-pytorch diffusers scipy
-    python notebooks/peers.py [--threads 1] [--rounds 5]       from the repository's top folder
+    python notebooks/peers.py [--threads 1] [--rounds 3]       from the repository's top folder
 
 A step: batches of 64 random images of 32x32 in three colours, our network of the CIFAR-10 preset
 beside lucidrains' Unet and diffusers' UNet2DModel of as many floating point operations a forward
@@ -233,8 +233,8 @@ def table(training, samples, likelihoods):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--samples", type=int, default=500)
     opt = parser.parse_args()
     torch.set_num_threads(opt.threads)
