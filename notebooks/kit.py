@@ -8,8 +8,8 @@ import torch
 from IPython.display import Markdown, display
 
 import sgu
-from make import DATA as NAMES, ORDER as SHOWN, PAPER, interval, read_results as read
-from make import table_text
+from make import DATA as NAMES, ORDER as SHOWN
+from make import PAPER, interval, read_results as read, table_text
 from style import COLOUR, FORGET, MARKER, TITLE, frame
 
 RESULTS, DATA = pathlib.Path("results"), pathlib.Path(os.environ.get("SGU_DATA_ROOT", "../data"))
@@ -26,6 +26,11 @@ def say(text):
 def table(head, rows):
     """Show a table: the titles of its columns, and rows of cells, the first of them words."""
     say(table_text(head, rows))
+
+
+def percent(k, n):
+    """k of n in per cent with its 95% interval, for a table."""
+    return interval(k / n, sgu.wilson(k, n))
 
 
 # ==== 1. Code in the text of a notebook ===========================================================
@@ -187,14 +192,7 @@ def task_figure(task, table, names, columns=4):
     plt.show()
 
 
-# ==== 3. Committed results ========================================================================
-
-def percent(k, n):
-    """k of n in per cent with its 95% interval, for a table."""
-    return interval(k / n, sgu.wilson(k, n))
-
-
-# ==== 4. The MNIST networks that come with this repository ========================================
+# ==== 3. The MNIST networks that come with this repository ========================================
 
 def digit_models(methods=ALL, shipped=False):
     """The committed networks of MNIST, by method, and images: MNIST where it is in DATA, else (or

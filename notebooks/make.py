@@ -116,9 +116,9 @@ def rows_of(title, columns, paper, label):
     return rows
 
 
-def table_text(head, rows):
-    """A table in Markdown: the titles of its columns, and rows of cells; the first are words."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+def table_text(head, rows, words=1):
+    """A table in Markdown: the titles of its columns, and rows of cells; so many are words."""
+    lines = [head, ["---"] * words + ["---:"] * (len(head) - words), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
@@ -208,14 +208,15 @@ def words_of(results, sections):
     if nll and "nll" in sections:
         words.append(f"NLL of {nll['n']['D_g']} and {nll['n']['D_f']} test images, ± one standard "
                      "error.")
-        if not all(all(m["nll_bits_per_dim"].get("converged", {}).values())
-                   for m in results["methods"].values() if "nll_bits_per_dim" in m):
+        found = [m.get("nll_bits_per_dim", {}) for m in results["methods"].values()]
+        if not all(done for entry in found for done in entry.get("converged", {}).values()):
             words.append("(?): the integration did not converge.")
     for task in [task for task in TASKS if task in sections and task in one]:
         n = " and ".join(str(part["n"]) for part in one[task].values())
         clean = " and ".join(f"{part['clean']:.1%}" for part in one[task].values())
         words.append(f"{task.title()}: {n} test images of D_g and D_f, of which the judge names "
-                     f"{clean} correctly when untouched; distances of its features before and after.")
+                     f"{clean} correctly when untouched; distances of its features before and "
+                     "after.")
     return " ".join([*words, results.get("remark", "")]).strip()        # a remark is ours, by hand
 
 
@@ -242,9 +243,10 @@ def look_up(content, path):
     words = path.split(".")
     known = content if isinstance(content, dict) else {}
     if isinstance(content, list):
-        known, said = {str(i): v for i, v in enumerate(content)}, {*words[0].split("/")}
+        said = {*words[0].split("/")}
         found = [v for v in content if isinstance(v, dict) and said <= {*map(str, v.values())}]
-        known |= {words[0]: found[0]} if len(found) == 1 else {}
+        known = {words[0]: found[0]} if len(found) == 1 else {}
+        known |= {str(i): v for i, v in enumerate(content)}    # a number is a place, not a value
     for i in range(len(words), 0, -1):
         key = ".".join(words[:i])
         if key in known:

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sgu
 import stale
+from make import table_text
 
 SIDE, BATCH = 32, 64
 
@@ -149,10 +150,12 @@ def by_rk45(score, sde, x, tolerance, generator):
     log_p = sde.prior_log_prob(end[:x.numel()].view(shape)) + end[x.numel():]
     return log_p, found.nfev
 
+def real_digits():                                             # the shipped ones: (N, 1, 28, 28)
+    return torch.from_numpy(np.load(here / "results" / "mnist_digits.npz")["images"])[:, None]
+
 def likelihood_costs(n):
     """-> rows of (network, solver, evaluations, seconds an image, error in bits/dim)."""
-    rows, arrays = [], np.load(here / "results" / "mnist_digits.npz")
-    digits = torch.from_numpy(arrays[arrays.files[0]][:n]).view(n, 1, 28, 28)
+    rows, digits = [], real_digits()[:n]
     for name in ("standard", "orthogonal"):
         model, sde = sgu.load_model(here / "results" / f"mnist_{name}.pt")
         score, x = sgu.make_score(model, sde), sgu.from_levels(digits.float())
@@ -171,10 +174,10 @@ def likelihood_costs(n):
                              error=float((log_p - exact).abs().mean()) / unit))
     return rows
 
-def by_sgu(network, sampler, steps):
+def by_sgu(network, sde, sampler, steps):
     """draw(n, generator) -> n digits (n, 1, 28, 28), by a sampler of ours."""
-    score = sgu.make_score(network, sgu.VE())
-    return lambda n, generator: sgu.SAMPLERS[sampler](score, sgu.VE(), (n, 1, 28, 28), steps,
+    score = sgu.make_score(network, sde)
+    return lambda n, generator: sgu.SAMPLERS[sampler](score, sde, (n, 1, 28, 28), steps,
                                                       generator=generator)
 
 def by_diffusers(network, scheduler, steps):
@@ -195,14 +198,13 @@ def sampling_costs(n, batch=100):
     """-> rows of (sampler, evaluations, images a second, distance of n samples to real digits)."""
     from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
     judge = sgu.load_judge(here / "results" / "mnist_judge.pt")
-    digits = torch.from_numpy(np.load(here / "results" / "mnist_digits.npz")["images"])
-    network, _ = sgu.load_model(here / "results" / "mnist_standard.pt")
-    draws = {f"sgu.py, {name}": (steps + 1, by_sgu(network, name, steps))
+    network, sde = sgu.load_model(here / "results" / "mnist_standard.pt")
+    draws = {f"sgu.py, {name}": (steps + 1, by_sgu(network, sde, name, steps))
              for name, steps in (("multistep", 20), ("ode", 18), ("ancestral", 100), ("em", 120))}
     for kind, steps in ((DPMSolverMultistepScheduler, 20), (DDIMScheduler, 50),
                         (DDPMScheduler, 1000)):
         draws[f"diffusers, {kind.__name__}"] = steps, by_diffusers(network, kind(), steps)
-    rows, real = [], sgu.opinions(judge, digits[:, None])[1]
+    rows, real = [], sgu.opinions(judge, real_digits())[1]
     for name, (evaluations, draw) in draws.items():
         g, begin = torch.Generator().manual_seed(0), time.perf_counter()
         with torch.no_grad():
@@ -213,22 +215,20 @@ def sampling_costs(n, batch=100):
                          distance=sgu.frechet(sgu.opinions(judge, images)[1], real)))
     return rows
 
-def table(training, samples, likelihoods):
+def tables(training, samples, likelihoods):
     base = training["sgu.py, float32"]["ms"]
-    lines = ["| a step of 64 images | ms | of ours in float32 | GFLOP an image, forward | weights "
-             "| of the machine's matrix rate |", "|---|---:|---:|---:|---:|---:|"]
-    lines += [f"| {name} | {v['ms']:.0f} | {v['ms'] / base:.2f} | {v['gflop']:.3f} | "
-              f"{v['weights'] / 1e6:.2f} M | {v['share']:.0%} of {v['rate']:.0f} GFLOP/s |"
-              for name, v in training.items()]
-    lines += ["", "| samples of one network | evaluations | images a second | distance |",
-              "|---|---:|---:|---:|"]
-    lines += [f"| {v['sampler']} | {v['evaluations']} | {v['rate']:.1f} | {v['distance']:.1f} |"
-              for v in samples]
-    lines += ["", "| likelihood | network | evaluations | ms an image | error, bits/dim |",
-              "|---|---|---:|---:|---:|"]
-    lines += [f"| {v['solver']} | {v['network']} | {v['evaluations']} | {1e3 * v['seconds']:.0f} | "
-              f"{v['error']:.5f} |" for v in likelihoods]
-    return "\n".join(lines)
+    return "\n\n".join([
+        table_text(["a step of 64 images", "ms", "of ours in float32", "GFLOP an image, forward",
+                    "weights", "of the machine's matrix rate"],
+                   [[name, f"{v['ms']:.0f}", f"{v['ms'] / base:.2f}", f"{v['gflop']:.3f}",
+                     f"{v['weights'] / 1e6:.2f} M", f"{v['share']:.0%} of {v['rate']:.0f} GFLOP/s"]
+                    for name, v in training.items()]),
+        table_text(["samples of one network", "evaluations", "images a second", "distance"],
+                   [[v["sampler"], v["evaluations"], f"{v['rate']:.1f}", f"{v['distance']:.1f}"]
+                    for v in samples]),
+        table_text(["likelihood", "network", "evaluations", "ms an image", "error, bits/dim"],
+                   [[v["solver"], v["network"], v["evaluations"], f"{1e3 * v['seconds']:.0f}",
+                     f"{v['error']:.5f}"] for v in likelihoods], words=2)])
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -241,7 +241,7 @@ def main():
     start = time.time()
     training, samples = training_costs(opt.rounds), sampling_costs(opt.samples)
     likelihoods = likelihood_costs(opt.images)
-    markdown = table(training, samples, likelihoods)
+    markdown = tables(training, samples, likelihoods)
     device = sgu.describe("cpu")
     command = f"python notebooks/peers.py --threads {opt.threads}"
     words = (f"\n\n`{command}`; {device}. Steps: medians of {opt.rounds} rounds. Samples: "

@@ -31,6 +31,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sgu
+from make import table_text
 
 # ==== 1. The rivals. Importing this file adds them to sgu.METHODS ================================
 
@@ -282,12 +283,6 @@ def spread_cell(entry, key):
     scale, digits = (100, 1) if key in ("ratio", "unsure") else (1, 4 if "energy" in key else 2)
     return " ± ".join(f"{scale * entry[key][part]:.{digits}f}" for part in ("mean", "sd"))
 
-def markdown(head, rows, notes):
-    """A table, its numbers to the right."""
-    rule = ["---:" if title in COLUMNS.values() else "---" for title in head]
-    lines = ["| " + " | ".join(row) + " |" for row in [head, rule, *rows]]
-    return "\n".join(lines) + f"\n\n{notes}\n"
-
 def judge_words(judge):
     return (f"Judge: our own CNN, test accuracy {100 * judge['test_accuracy']:.2f}%, "
             f"floor {100 * judge['floor']:.2f}%.")
@@ -442,7 +437,8 @@ def make_table(results):
              f"{config['batch_size']} each. Chosen from three settings with seed "
              f"{config['tuning_seed']}, n = {config['tuning_samples']}, by the distance to other "
              f"{'test images' if config['domain'] == 'mnist' else 'draws'}.")
-    return markdown(["method", "alpha, rate, window σ", *(COLUMNS[k] for k in keys)], rows, notes)
+    head = ["method", "alpha, rate, window σ", *(COLUMNS[k] for k in keys)]
+    return f"{table_text(head, rows, words=2)}\n\n{notes}\n"
 
 def frontier(results):
     """Left: what is left against damage, small and pale for the settings that were tried; right:
@@ -560,8 +556,8 @@ def recipe_table(results):
     notes = (f"Unseen, {config['steps']} steps of {config['batch_size']}, seed 3, n = "
              f"{config['samples']} samples. "
              f"{judge_words(results['judge'])} {results['device']}; `{results['command']}`.")
-    return markdown(["recipe", COLUMNS["unsure"], COLUMNS["frechet_kept"], COLUMNS["ratio"]], rows,
-                    notes)
+    head = ["recipe", COLUMNS["unsure"], COLUMNS["frechet_kept"], COLUMNS["ratio"]]
+    return f"{table_text(head, rows)}\n\n{notes}\n"
 
 # ==== 6. The command line =========================================================================
 

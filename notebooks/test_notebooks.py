@@ -324,7 +324,7 @@ def test_pages_agree_with_the_results_files(page):
     assert not problems
 
 FOUND = {"all": {"k.1": [0.25, {"y z": 90}], "k": {"1": "the shorter key"}, "a,b": 5000,
-                 "rows": [dict(by="em", n=20, v=1), dict(by="em", n=120, v=2), dict(by="pc")]},
+                 "rows": [dict(by="em", n=20, v=1), dict(by="em", n=120, v=2), dict(by="pc", n=0)]},
          "command": "python x.py", "device": "a CPU", "markdown": "| a table |\n\nof its own"}
 
 @pytest.fixture

@@ -707,15 +707,14 @@ def check_ema(train=sgu.train):
         model, ema = tiny_net(), tiny_net(1)
         for p in ema.parameters():
             nn.init.constant_(p, 100.)
-        want = [p.detach().to(F64).clone() for p in model.parameters()]
-        slow, fast = ([w.clone() for w in want] for _ in "ab")       # without the warm-up, or d
+        start = [p.detach().to(F64).clone() for p in model.parameters()]
+        want, slow, fast = start, start, start                       # without warm-up, without d
         kw = dict(steps=4, batch_size=8, lr=1e-2) | (dict(ema_decay=decay) if has else {})
         for row in train(model, ema, SDES["VE"], tiny_data(), **kw):
-            d, now = min(decay, (1 + row["step"]) / (10 + row["step"])), list(model.parameters())
-            want = [d * w + (1 - d) * p.detach().to(F64) for w, p in zip(want, now)]
-            slow = [decay * w + (1 - decay) * p.detach().to(F64) for w, p in zip(slow, now)]
-            d = (1 + row["step"]) / (10 + row["step"])
-            fast = [d * w + (1 - d) * p.detach().to(F64) for w, p in zip(fast, now)]
+            warm = (1 + row["step"]) / (10 + row["step"])
+            want, slow, fast = (
+                [d * w + (1 - d) * p.detach().to(F64) for w, p in zip(average, model.parameters())]
+                for average, d in ((want, min(decay, warm)), (slow, decay), (fast, warm)))
         gap = max(float((p.detach() - 100).abs().min()) for p in ema.parameters())
         assert gap > 50, \
             "the average does not start from the network's weights: load them before fine-tuning"
