@@ -237,6 +237,7 @@ def predict_noise(score, sde, x0, t, z, generator):
         t = torch.rand(len(x0), generator=generator, device=x0.device)
         t = sde.step(t) / sde.n_steps if isinstance(sde, DDPM) else sde.t_min + (1 - sde.t_min) * t
     z = torch.randn(x0.shape, generator=generator, device=x0.device) if z is None else z
+    need(x0.is_floating_point() and t.dim() == 1, "losses take images in [-1, 1] and t: (B,)")
     a, s = (per_sample(v, x0) for v in sde.marginal(t))
     e = -s * score(a * x0 + s * z, t)
     return t, e.flatten(1), z.flatten(1)
@@ -443,7 +444,8 @@ def log_likelihood(score, sde, x, steps=32, probes=1, exact=False, generator=Non
     whose spread is part of every single value; exact: D unit vectors instead. error: -> (log p, the
     estimated error of the integration, not of signs and prior). Raises ValueError for NaN in x."""
     need(steps >= 1 and probes >= 1, f"steps and probes start at 1; got {steps} and {probes}")
-    need(x.isfinite().all(), "a likelihood needs finite images; these contain NaN or infinity")
+    need(x.is_floating_point() and x.isfinite().all(), "a likelihood needs images in [-1, 1], as "
+         f"from_levels makes them, without NaN or infinity; these are {x.dtype}")
     with torch.inference_mode(False), torch.enable_grad():
         x, draws = x.detach().clone(), own_generators(x, generator)
         signs = [torch.randint(2, (probes, *x.shape[1:]), generator=g) for g in draws]
@@ -461,6 +463,7 @@ def flow_error(fine, coarse):
 
 def to_levels(x):
     """Images, clamped to [-1, 1] -> their 8-bit levels 0..255, uint8 on the CPU."""
+    need(x.is_floating_point(), f"to_levels needs images in [-1, 1], not {x.dtype}")
     need(not x.isnan().any(), "NaN images: train with a lower --lr", FloatingPointError)
     return ((x.clamp(-1, 1) + 1) * 128).floor().clamp(max=255).to(torch.uint8).cpu()
 def from_levels(x, u=0.5):                       # uint8 -> in [-1, 1]: the middle of the cell, or u
@@ -493,6 +496,7 @@ def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
     After every step the known pixels are replaced by themselves at that noise level. The others
     were drawn without knowing them, so forward noise undoes the step, and it is taken repeats times
     in all (Lugmayr et al. 2022). Known pixels come back bit for bit, unknown ones are not used."""
+    need(repeats >= 1, f"repeats start at 1, not {repeats}")
     known = mask.to(x.device).bool().expand_as(x)
     x = torch.where(known, x, torch.zeros_like(x))
     def pinned(y, t):
@@ -686,15 +690,19 @@ def load_data(name, root="data"):
     try:
         arrays = dict(np.load(name)) if own else arrays_of(name, root)
         data = as_data(pathlib.Path(name).stem, arrays)
-        for half in ("train", "test"):                            # a damaged download can look so
+        for half, y in [("train", data["train_labels"]), ("test", data["test_labels"])]:
             blank = data[half].amax((1, 2, 3)) == data[half].amin((1, 2, 3))
-            need(own or blank.float().mean() < 0.01, "many images show nothing")
-            need(own or len(data[half + "_labels"].unique(dim=0)) > 1, "all labels are the same")
+            damaged = blank.float().mean() > 0.01 or len(y.unique(dim=0)) < 2
+            need(own or not damaged, "many images show nothing, or all labels are the same")
+            if y.dim() == 1 and 1 < len(y.unique_consecutive()) == len(y.unique()) < len(y):
+                order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+                data.update({half: data[half][order], half + "_labels": y[order]})   # was sorted
         return data
     except Exception as error:                                    # numpy, torchvision: in many ways
         hint = ("is not what as_data in sgu.py describes" if own else "is missing or damaged, and "
                 f"cannot be downloaded; put {DATASETS[name][2]} into {root}")
         reason = " ".join(str(error).split())[:250]
+        hint = "needs what requirements.txt names" if isinstance(error, ImportError) else hint
         raise UsageError(f"{name} {hint} ({type(error).__name__}: {reason})") from None
 
 def arrays_of(name, root):
@@ -739,10 +747,11 @@ def as_data(source, arrays):
     names = [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in names]
     need(count <= len(names) and (many or y.min() >= 0),
          f"{key} count from 0, and {len(names)} names do not fit {y.min()}..{count - 1}")
-    names = [re.sub(r"[\s,|]+", " ", v).strip() for v in names]
+    names = [re.sub(r"[\s,|\0]+", " ", v).strip() for v in names]
     names = [f"class {v or i}" if v in ("", "total", "n", "ci95") else v
              for i, v in enumerate(names)]                        # the results have such keys
-    names = [f"{v} ({i})" if names.count(v) > 1 else v for i, v in enumerate(names)]
+    stems = [re.sub(r"( \(\d+\))+$", "", v) for v in names]      # 'a (0)' must not meet another
+    names = [f"{v} ({i})" if stems.count(stems[i]) > 1 else v for i, v in enumerate(names)]
     x = torch.from_numpy(x.reshape(*x.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()
     y = torch.from_numpy(y > 0 if many else y.astype(np.int64))
     if x.shape[2] > 64:
@@ -795,7 +804,8 @@ def choose(data, forget):
     for key in ("train", "test"):
         need(0 < is_forgotten(data, key).sum() < len(data[key]),
              f"--forget {forget}: nothing to forget, or nothing else, among the {key} images")
-    return dict(data, checksum=checksum(v for v in data.values() if torch.is_tensor(v)))
+    tensors = [v for v in data.values() if torch.is_tensor(v)]
+    return dict(data, checksum=checksum([*tensors, torch.tensor(data["forget"])]))
 
 def is_forgotten(data, key):                     # which of data['train'] or data['test']: (N,) bool
     return torch.isin(data[key + "_labels"], torch.tensor(data["forget"]))
@@ -892,7 +902,8 @@ def wilson(k, n, z=1.959964):
     return [max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))]
 
 def paired(a, b):
-    """a - b on the same n samples, (n,) each: its mean and 95% interval (for n = 1: None)."""
+    """a - b on the same n samples, (n,) each: its mean and 95% interval, by the normal law: too
+    narrow for a few images, or a few hits. None for n = 1."""
     d, mean = a.double() - b.double(), float((a.double() - b.double()).mean())
     half = 1.959964 * float(d.std(correction=min(1, len(d) - 1))) / math.sqrt(len(d))
     return dict(mean=mean, ci95=[mean - half, mean + half] if len(d) > 1 else None)
@@ -913,12 +924,13 @@ def judged(probs, features, data, reference, real=None):
     hit, none = torch.isin(label, torch.tensor(data["forget"])), label >= len(names)
     share, k = {v: int((label == c).sum()) / n for c, v in enumerate(names)}, int(hit.sum())
     ratio = {names[c]: share[names[c]] for c in data["forget"]}
+    real = () if real is None or len(real) < n - k else real[:n - k]
     def distance(f):
         return frechet(f, reference) if min(len(f), len(reference)) > 1 else None
     return dict(unlearning_ratio=dict(ratio, total=k / n, n=n, ci95=wilson(k, n)), kept=n - k,
                 unsure=int((none | (probs.amax(1) < 0.5)).sum()) / n, none=int(none.sum()) / n,
                 class_histogram=share, frechet_kept=distance(features[~hit]),
-                frechet_real=None if real is None else distance(real[:n - k]))
+                frechet_real=distance(real))
 
 # ==== 10. The command: python sgu.py --dataset mnist --forget 3,7 =================================
 class Method(NamedTuple):
@@ -1061,7 +1073,7 @@ def resolve(opt):
     opt.sde, opt.out = opt.sde or sde, opt.out or str(pathlib.Path("runs", name))
     _, channels, side, _ = data["train"].shape
     preset = next(row for (size, device), row in PRESETS.items() if device == opt.device and (
-        size == data["name"] or isinstance(size, int) and side <= size))
+        size == opt.dataset or isinstance(size, int) and side <= size))
     preset = dict(zip(COLUMNS, preset))
     preset["steps"] = preset["steps"] if fast else preset["steps"] * 6 // 10      # in the same time
     preset["sampler_steps"] = SAMPLER_STEPS[opt.sampler or preset["sampler"]]
@@ -1094,9 +1106,10 @@ def replace_file(path, content):                 # bytes; a kill leaves the old 
         temporary.unlink(missing_ok=True)                         # a full disk must not stay full
 
 def save_json(path, content):
-    replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    replace_file(path, text.encode("utf-8", "replace"))
 
-def read_file(path, kind=None):
+def read_file(path, kind=None, advice=""):
     """What finish wrote: dict(format, config, state, seconds); of a finished network of this kind
     also network: with the averaged weights, frozen. Raises UsageError for anything else."""
     need(os.path.exists(path), f"there is no file {path}")
@@ -1108,9 +1121,11 @@ def read_file(path, kind=None):
             saved["network"] = kind(**saved["config"]["network"]).eval().requires_grad_(False)
             saved["network"].load_state_dict(saved["state"]["weights"])
         return saved
+    except (OSError, MemoryError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
     except Exception:                                             # unpickling fails in many ways
         what = f"holds no finished {kind.__name__}" if kind else "is damaged or no file of sgu.py"
-        raise UsageError(f"{path} {what}; choose another --out, or --fresh to overwrite") from None
+        raise UsageError(f"{path} {what}{advice}") from None
 
 def finish(label, opt, job, kind=None, **config):
     """Run job from where its file in --out left it to its end, saving every 30 s -> what read_file
@@ -1120,7 +1135,7 @@ def finish(label, opt, job, kind=None, **config):
     config.update(data=opt.checksum, forget=opt.forget, seed=opt.seed, precision=opt.precision)
     saved = dict(format="sgu-2", config=config, state=None, seconds=0.0)
     if os.path.exists(path) and not opt.fresh:
-        saved = read_file(path)
+        saved = read_file(path, advice="; choose another --out, or --fresh to overwrite")
         old = saved["config"]
         new = "; ".join(f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v)
         need(not new, f"{path} was made with other options ({new}); use those, another --out, or "
@@ -1134,7 +1149,7 @@ def finish(label, opt, job, kind=None, **config):
             buffer, last = io.BytesIO(), now                      # a full disk is then an OSError
             torch.save(saved, buffer)
             replace_file(path, buffer.getbuffer())
-        if step >= steps or sys.stderr and sys.stderr.isatty():
+        if step >= steps or getattr(sys.stderr, "isatty", bool)():
             left = (now - begin) / (step - first) * (steps - step)
             note = " ".join(f"{k} {v:.4f}" for k, v in info.items() if isinstance(v, float))
             say(f"{label:<28} {step}/{steps} {now - begin:5.0f} s, {left:.0f} s left  {note:<30}",
@@ -1158,7 +1173,9 @@ def get_judge(opt, data):                        # trained now or earlier: what 
 
 def text_of(function):                           # a number that changes when a loss is edited
     try:
-        return zlib.crc32(inspect.getsource(function).encode())
+        text = inspect.getsource(getattr(function, "func", function))       # of a partial: its own
+        text += re.sub(r" at 0x\w+", "", str(getattr(function, "keywords", "")))
+        return zlib.crc32(text.encode())
     except (OSError, TypeError):                                  # None, or typed in at a prompt
         return getattr(function, "__name__", None)
 
@@ -1183,8 +1200,9 @@ def get_model(method, opt, data):                # trained now or earlier: what 
         standard_score = make_score(reference, sde, precision=opt.precision)
         given["steps"] = opt.unlearn_steps or max(1, round(how.share * opt.steps))
         given["lr"] *= how.pace
-    config = dict(given, method=method, sde=opt.sde, recipe=opt.recipe, power=how.power,
-                  training=("retrain", "finetune")[from_standard(method, opt)], network=opt.network,
+    config = dict(given, method=method, keep=how.keep, power=how.power, sde=opt.sde,
+                  recipe=opt.recipe, network=opt.network,
+                  training=("retrain", "finetune")[from_standard(method, opt)],
                   noise_law=recipe.noise_law, start=checksum(model.state_dict().values()),
                   loss=text_of(how.loss), prepare=text_of(how.prepare))
     keep, forget = data["train"] if how.keep == "D" else data["train"][~gone], data["train"][gone]
@@ -1215,7 +1233,7 @@ def upper_half_hidden(x):                        # of (..., H, W): the mask, 0 a
 def values_of(method, network, opt, task, x, steps=None):
     """What a task makes of one network, computed now or earlier: images (n, C, H, W) uint8, or for
     'likelihood' bits/dim (n,). x: test images, of whose shape samples are. Random numbers depend on
-    --seed and an image's place alone, so that they are the same for every method."""
+    --seed and an image's chunk and place alone: they are the same for every method."""
     sde, exact = SCHEDULES[opt.sde](), "likelihood" in task
     score = make_score(network, sde, precision="float32" if exact else opt.precision)
     n, size, how = len(x), max(4, min(50, 3200 // steps)) if exact else 50, {}
@@ -1313,7 +1331,7 @@ def save_table(results, out):
              f"{judge['test_accuracy']:.2%} of the test images; it sees {judge['floor']:.2%} "
              f"forgotten in those of D_g (its floor), none of these in {judge['none']:.2%} of all.")
     text = "\n".join([title, "", *(f"| {line} |" for line in lines), ""])
-    replace_file(f"{out}/table.md", text.encode())
+    replace_file(f"{out}/table.md", text.encode("utf-8", "replace"))
     text += f"\nPictures, table and all numbers are in {out}"
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), flush=True)
@@ -1337,6 +1355,8 @@ def draw_picture(path, rows, judge, forget):
     page.save(buffer, "PNG")
     replace_file(path, buffer.getvalue())
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def run(opt, judge=None):
     """The experiment -> the content of results.json. What was finished earlier is read from --out.
     judge: instead of ours, a module with features and head."""
@@ -1348,6 +1368,11 @@ def run(opt, judge=None):
     say(f"{data['name']}: forget {opt.forget} of {len(data['classes'])} classes, {opt.sde}, "
         f"{opt.steps} steps of {opt.batch_size}, {machine}, {opt.precision}; results in {opt.out}")
 
+    for name in ("judge", *opt.methods.split(",")) if opt.fresh else ():
+        for job in ("", "samples_", "likelihood_D_?_*_", "inpaint_D_?_", "reconstruct_D_?_"):
+            for path in pathlib.Path(opt.out).glob(f"{job}{name}.pt"):
+                if not opt.pretrained or not path.samefile(opt.pretrained):
+                    path.unlink()                                 # a kill would mix old and new
     judge = get_judge(opt, data)["network"].to(opt.device) if judge is None else judge
     gone, forget = is_forgotten(data, "test"), torch.tensor(data["forget"])
     real = opinions(judge, data["train"][~is_forgotten(data, "train")][:opt.samples])[1]

@@ -5,8 +5,8 @@
 Oracles and checks that exercises share are those of notebooks/exercises/checks.py, small runs those
 of notebooks/testkit.py. Tolerances of random quantities are 4 to 5 standard errors, seeds fixed.
 """
-import copy, io, json, math, multiprocessing, os, pathlib, shlex, shutil, signal, subprocess
-import sys, threading
+import copy, functools, io, json, math, multiprocessing, os, pathlib, shlex, shutil, signal
+import subprocess, sys, threading
 import numpy as np
 import pytest
 import torch
@@ -405,15 +405,20 @@ def test_dequantise():
 def test_likelihoods_of_what_is_no_image_are_refused():
     """NaN would be scored as black, no probe would give a number without a divergence."""
     sde = SDES["VP"]
-    for x in (torch.full((1, 1, 2, 2), 1.5), torch.full((1, 1, 2, 2), math.nan)):
+    for x in (torch.full((1, 1, 2, 2), 1.5), torch.full((1, 1, 2, 2), math.nan),
+              torch.zeros(1, 1, 2, 2, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"\[-1, 1\]"):
             sgu.bits_per_dim(uniform_score(sde), sde, x)
     x = torch.zeros(2, 2)
     for kw in (dict(probes=0), dict(steps=0), dict(probes=-1)):
         with pytest.raises(ValueError):
             sgu.log_likelihood(TOY.score(sde), sde, x, **kw)
-    with pytest.raises(ValueError, match="NaN"):
-        sgu.log_likelihood(TOY.score(sde), sde, x * math.nan)
+    for x in (x * math.nan, x.byte()):
+        with pytest.raises(ValueError, match="NaN"):
+            sgu.log_likelihood(TOY.score(sde), sde, x)
+    for kw in (dict(x0=x), dict(t=torch.ones(2, 1))):
+        with pytest.raises(ValueError, match="losses take"):
+            sgu.obtuse_loss(TOY.score(sde), sde, **(dict(x0=torch.zeros(2, 2)) | kw))
 
 # ==== 6. Inpainting and reconstruction ============================================================
 
@@ -425,6 +430,8 @@ def test_inpaint_keeps_known_and_never_reads_hidden(sde):
 def test_inpaint(sde):
     check_inpaint_conditional(sgu.inpaint, sde)
     check_inpaint_walk(sgu.inpaint, sde)
+    with pytest.raises(ValueError, match="repeats"):
+        sgu.inpaint(uniform_score(sde), sde, torch.zeros(1, 1, 2, 2), torch.ones(1), repeats=0)
 
 @ve_and_vp
 @pytest.mark.parametrize("steps, repeats", [(200, 1), (200, 4)])
@@ -821,6 +828,11 @@ def test_npz_round_trip(tmp_path):
         data = sgu.load_data(path)
         assert data["classes"] == ["Bangs", "Hat"] and data["train_labels"].dtype == torch.bool
         assert data["test_labels"].tolist() == has[test.numpy()].astype(bool).tolist()
+    z = write_npz(path, n=80, labels=np.repeat([2, 0, 1, 3], 20))      # sorted by class: mixed
+    data, label = sgu.load_data(path), {x.tobytes(): y for x, y in zip(z["images"], z["labels"])}
+    for half in ("train", "test"):
+        y = data[half + "_labels"].tolist()
+        assert len(set(y[:9])) > 2 and [label[x.numpy().tobytes()] for x in data[half]] == y
     write_npz(path, images=np.full((24, 100, 100, 3), 77, dtype=np.uint8))
     assert (sgu.load_data(path)["train"] == torch.full((20, 3, 64, 64), 77)).all()
 
@@ -872,6 +884,7 @@ def test_choose():
                           ("one,1", ("once",)), ("zero,one,two", ("nothing",))):
         said = refuses(sgu.choose, data, forget)
         assert all(word in said for word in words), f"--forget {forget!r}: {said}"
+    assert sgu.choose(data, "one")["checksum"] != sgu.choose(data, "two")["checksum"], "by number"
     assert "'Ab'" in refuses(sgu.choose, class_data(["ab", "AB", "b"]), "Ab"), "either is meant"
     data["test_labels"] = data["test_labels"] * 0
     assert "test images" in refuses(sgu.choose, data, "one")
@@ -887,12 +900,13 @@ def test_choose():
 def test_class_names_that_would_break_something(tmp_path):
     """Equal names, bytes, commas, bars and words that results.json needs: every class keeps a name
     of its own, by which it can be asked for."""
-    names = [b"crane", b"hen", b"crane", b"a|b", b"x, y", b"total", b"", "gr\xfcn".encode()]
-    write_npz(tmp_path / "odd.npz", n=80, labels=np.arange(80) % 8, class_names=np.array(names),
-              split=np.arange(80) < 16)
+    names = [b"crane", b"hen", b"crane", b"a|b", b"x, y", b"total", b"", "gr\xfcn".encode(),
+             b"crane (0)"]
+    write_npz(tmp_path / "odd.npz", n=90, labels=np.arange(90) % 9, class_names=np.array(names),
+              split=np.arange(90) < 18)
     data = sgu.load_data(str(tmp_path / "odd.npz"))
     classes = data["classes"]
-    assert len(set(classes)) == 8 and classes[1] == "hen" and classes[7] == "gr\xfcn", classes
+    assert len(set(classes)) == 9 and classes[1] == "hen" and classes[7] == "gr\xfcn", classes
     assert not {"total", "n", "ci95", ""} & set(classes) and not set("".join(classes)) & set(",|")
     for i, name in enumerate(classes):
         assert sgu.choose(data, name)["forget"] == sgu.choose(data, str(i))["forget"] == [i]
@@ -1000,6 +1014,7 @@ def test_judged():
     expect(got["frechet_kept"], distance, "distance of the kept images", 1e-9)
     expect(got["frechet_real"], sgu.frechet(real[:5], reference), "of as many real ones", 1e-9)
     assert sgu.judged(probs[:3], features[:3], data, reference, real)["frechet_kept"] is None
+    assert sgu.judged(probs, features, data, reference, real[:4])["frechet_real"] is None, "too few"
 
 def learn(x, y, classes=sgu.DIGITS, **kw):
     """A trained judge."""
@@ -1321,7 +1336,7 @@ def test_finished_run_repeats_nothing(copied, capsys, monkeypatch):
     assert code == 0 and str(out) in printed
     assert results_of(out)["methods"] == want and fingerprint(out, ".pt") == before
 
-def test_fresh_starts_over_and_gives_the_same_numbers(copied, capsys):
+def test_fresh_starts_over_and_gives_the_same_numbers(copied, capsys, monkeypatch):
     """And leaves the user's own files in the folder alone, and a file that it is to start from."""
     out, argv = copied
     want, own = results_of(out)["methods"], ("notes.md", "mine.npz", "mine.pt", "data.json")
@@ -1335,6 +1350,10 @@ def test_fresh_starts_over_and_gives_the_same_numbers(copied, capsys):
     assert results_of(out)["methods"] == want, "the same seed gives other numbers"
     again = [*argv, "--pretrained", out / "standard.pt", "--fresh"]
     assert command(capsys, *again)[0] == 0 and (out / "standard.pt").exists()
+    forbid(monkeypatch, "train_judge")                 # stopped at once: nothing old may be left
+    with pytest.raises(AssertionError):
+        command(capsys, *argv, "--fresh")
+    assert not [name for name in fingerprint(out, ".pt") if name != "mine.pt"]
 
 def test_part_by_part_and_more_of_the_same(finished, tmp_path, small, capsys, monkeypatch):
     """Obtuse alone makes Standard first; tasks, samples and test images may be added, with the
@@ -1383,6 +1402,7 @@ def test_six_kills(finished, tmp_path, small, capsys, monkeypatch):
 def test_ctrl_c_says_how_to_go_on(finished, tmp_path, small, capsys, monkeypatch):
     """A real SIGINT in the fifth step of Standard; the same command then gives the same numbers."""
     loss, calls = sgu.score_matching_loss, []
+    signal.signal(signal.SIGINT, signal.default_int_handler)           # a shell's & ignores it
     def pressed(*args, **kw):
         calls.append(1)
         if len(calls) == 5:
@@ -1444,6 +1464,9 @@ def test_machines_and_folders_that_will_not_do(finished, tmp_path, small, capsys
         odd = ["--dataset", tmp_path / "odd.npz", "--out", new]
         check_refused(capsys, [*odd, "--forget", "1"], f"{side} pixels")
     check_refused(capsys, odd, "--forget")
+    write_npz(tmp_path / "glyphs.npz", side=16)        # its name is not its size
+    opt = sgu.resolve(sgu.Options(dataset=str(tmp_path / "glyphs.npz"), forget="1"))[0]
+    assert opt.likelihood_samples == sgu.PRESETS[28, "cpu"][10] != sgu.PRESETS["glyphs", "cpu"][10]
 
 def test_full_disk_and_memory(copied, capsys, monkeypatch):
     """One line, nothing half-written stays behind, and what was there is whole. What nobody foresaw
@@ -1501,10 +1524,12 @@ def test_changed_data_are_refused_and_moved_ones_are_not(copied, finished, tmp_p
     with monkeypatch.context() as patch:
         forbid(patch, *WORK)
         assert command(capsys, *argv, "--dataset", moved)[0] == 0
-    changed = sgu.METHODS["obtuse"]._replace(alpha=0.75)
-    with monkeypatch.context() as patch:
-        patch.setitem(sgu.METHODS, "obtuse", changed)
-        check_refused(capsys, argv, "obtuse.pt", "alpha 0.95 -> 0.75")
+    for change, words in ((dict(alpha=0.75), "alpha 0.95 -> 0.75"), (dict(keep="D"), "D_g -> D")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sgu.METHODS, "obtuse", sgu.METHODS["obtuse"]._replace(**change))
+            check_refused(capsys, argv, "obtuse.pt", words)
+    one, two, text = (sgu.text_of(functools.partial(check_refused, words=v)) for v in (1, 2, open))
+    assert one != two and text == sgu.text_of(functools.partial(check_refused, words=open))
     write_shapes(moved, labels=np.roll(np.arange(240) % 4, 1))
     check_refused(capsys, [*argv, "--dataset", moved], "judge.pt", "data")
 
@@ -1538,6 +1563,7 @@ def test_pretrained(copied, tmp_path, capsys, monkeypatch):
     assert equal_weights(new / "obtuse.pt", out / "obtuse.pt")
     for path in (out / "judge.pt", out / "samples_obtuse.pt"):
         check_refused(capsys, [*argv, "--pretrained", path, "--out", tmp_path / "b"], path)
+    check_refused(capsys, [*argv, "--pretrained", out, "--out", tmp_path / "b"], "cannot read", out)
     rgb = ["--dataset", write_shapes(tmp_path / "rgb.npz", channels=3), *pre[2:]]
     check_refused(capsys, [*rgb, "--out", tmp_path / "b"], "images with 3 channels")
     assert command(capsys, *pre, "--sde", "ve", "--out", new / "ve")[0] == 0
@@ -1548,7 +1574,7 @@ def test_hostile_surroundings(tmp_path):
     """A real process in the C locale, without a standard error, with LaTeX in matplotlibrc and odd
     class names: done, and all files are in UTF-8."""
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
-    names = np.array(["gr\xfcn", "\u65e5\u672c|", "three", "three"])
+    names = np.array(["gr\xfcn", "\u65e5\u672c|\udcff", "three", "three"])
     path = write_shapes(tmp_path / "odd.npz", class_names=names)
     script = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import testkit, sgu; "
               "sgu.PRESETS = testkit.tiny_presets(); sys.exit(sgu.main(sys.argv[1:]))")
@@ -1578,7 +1604,9 @@ def test_thread_closed_pipe_and_no_standard_error(copied, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(sys, name, stream)
             codes.append(sgu.main(argv))
-    assert codes == [0, 0, 0]
+    with torch.inference_mode():
+        codes.append(sgu.main(argv))
+    assert codes == [0, 0, 0, 0]
 
 @pytest.mark.parametrize("side", [16, 64])
 def test_colour_and_attributes(side, tmp_path, small, capsys):
