@@ -299,11 +299,11 @@ def origin(results):
 
 WIDE, NARROW, ALL = (0.0, 6.0), (0.2, 3.0), (0.0, 20.0)                 # windows in sigma
 ALPHAS = dict(      # method: two for MNIST, the second with both windows; three for the Gaussians
-    orthogonal=(0.8, 0.6, 0.95, 0.9, 0.8), obtuse=(0.85, 0.75, 0.92, 0.85, 0.7),
-    neggrad=(0.95, 0.8, 0.99, 0.985, 0.97), siss=(0.9, 0.7, 0.97, 0.9, 0.7),
-    erasediff=(0.9, 0.7, 0.97, 0.9, 0.7), erasediff_zero=(0.9, 0.7, 0.97, 0.9, 0.7),
-    salun=(0.85, 0.75, 0.92, 0.85, 0.7), fisher=(0.95, 0.8, 0.99, 0.985, 0.97),
-    vdu=(0.98, 0.9, 0.99, 0.95, 0.9))
+    orthogonal=(0.8, 0.95, 0.95, 0.9, 0.8), obtuse=(0.85, 0.95, 0.92, 0.85, 0.7),
+    neggrad=(0.95, 0.98, 0.99, 0.985, 0.97), siss=(0.9, 0.95, 0.97, 0.9, 0.7),
+    erasediff=(0.9, 0.97, 0.97, 0.9, 0.7), erasediff_zero=(0.9, 0.97, 0.97, 0.9, 0.7),
+    salun=(0.85, 0.95, 0.92, 0.85, 0.7), fisher=(0.95, 0.98, 0.99, 0.985, 0.97),
+    vdu=(0.5, 0.2, 0.99, 0.95, 0.9))
 RATES = tuple((None, rate, WIDE) for rate in (0.25, 0.5, 1.0))
 SETTINGS = dict(    # domain: method: three of (alpha, share of Standard's learning rate, window)
     mnist=dict(finetune=RATES,
