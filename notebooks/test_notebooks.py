@@ -204,6 +204,202 @@ def test_energy_distance():
         got = rivals.energy_distance(x, y + m)
         assert abs(got - 2 * apart + 4 / math.sqrt(math.pi)) < 0.005 + 0.03 * m, f"m = {m}: {got}"
 
+
+def test_halves_of_mnist(tmp_path, monkeypatch):
+    """Tuning and the final figures see different test images and the same training images."""
+    x = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 1, 8, 8)
+    label = torch.arange(10) % 3
+    data = dict(train=x + 100, test=x, train_labels=label, test_labels=label)
+    monkeypatch.setattr(sgu, "load_data", lambda name, root: data)
+    opt = types.SimpleNamespace(out=tmp_path, quick=False, data_root="")
+    opt.halves = rivals.halves(opt)
+    jobs = [rivals.mnist_job(opt, "obtuse", None, 0, i, rivals.SIZE["mnist"]) for i in (0, 1)]
+    files = [np.load(job["dataset"]) for job in jobs]
+    tests, trains = ([[int(v) for v in f["images"][f["split"] == i, 0, 0]] for f in files]
+                     for i in (1, 0))
+    assert sorted(tests[0] + tests[1]) == list(range(10))
+    assert trains == [list(range(100, 110))] * 2
+
+
+def test_how_rivals_are_chosen(monkeypatch, tmp_path):
+    """By the distance of all samples, with a seed of its own; final runs are of the full size."""
+    asked = []
+
+    def figures(how):
+        far = how["setting"][0] if how["setting"] else 0
+        return {how["method"]: dict(unlearning_ratio=dict(total=0.5, n=10), energy_kept=far,
+                                    energy_all=1 - far)}
+
+    def trials(trial, jobs, out):
+        asked.extend(jobs.values())
+        return {key: dict(methods=figures(how)) for key, how in jobs.items()}
+
+    names = ("method", "setting", "seed", "final", "size")
+    monkeypatch.setattr(rivals, "attempt_all", trials)
+    monkeypatch.setattr(rivals, "toy_job", lambda opt, *how: dict(zip(names, how)))
+    monkeypatch.setitem(rivals.SETTINGS, "toy", dict(obtuse=[(v, 1, 1) for v in (0.2, 0.9, 0.5)]))
+    opt = types.SimpleNamespace(out=tmp_path, quick=False, seeds=[0, 1, 2])
+    assert rivals.compare("toy", opt)["methods"]["obtuse"]["setting"] == 1
+    for how in asked:
+        n = rivals.SIZE["toy"]["samples" if how["final"] else "tuning_samples"]
+        assert how["size"]["samples"] == n and (how["seed"] in (0, 1, 2)) == how["final"]
+
+
+def test_recipes_of_rivals():
+    """What is a square of e - z has the weight of squares; all have a brief training."""
+    for name in rivals.TITLES.keys() - PLAIN.keys():
+        how = sgu.METHODS[name]
+        assert how.power == (1.0 if how.loss is rivals.neggrad_loss else 0.5), name
+        assert (how.share, how.pace, how.window) == (0.09, 0.5, (0.0, 6.0)), name
+    for prepare, name, value in (("salun", "share", 0.5), ("fisher", "strength", 100.0),
+                                 ("vdu", "strength", 10.0)):
+        default = inspect.signature(getattr(rivals, prepare)).parameters[name].default
+        assert default == value, prepare
+    assert rivals.CHANGES["Adam for all weights"][1] is rivals.adam
+    assert rivals.steps_of("finetune", dict(steps=5)) == 10 == 2 * rivals.steps_of("salun",
+                                                                                  dict(steps=5))
+
+
+def test_command_of_rivals(finished, tmp_path, small, monkeypatch):
+    """The distance of all samples to D_g of the test images; by another optimiser where asked; a
+    setting reaches the training."""
+    (folder, argv), made = finished, []
+    monkeypatch.setitem(rivals.CHANGES, "x", (
+        sgu.Recipe(), lambda *how: made.append(how) or rivals.adam(*how), "float32", 0.5))
+    how = dict(forget="two", samples=20, tasks="sample", sampler_steps=2)
+    found = rivals.command(tmp_path, argv[1], folder / "judge.pt", change="x", methods="unseen",
+                           steps=8, **how)
+    judge = sgu.load_judge(folder / "judge.pt")
+    data, saved = sgu.load_data(argv[1]), sgu.read_file(tmp_path / "samples_unseen.pt")
+    features = [sgu.opinions(judge, x)[1] for x in (
+        saved["state"]["values"], data["test"][data["test_labels"] != 1])]
+    entry = found["methods"]["unseen"]
+    assert entry["recipe"]["steps"] == 4 and made
+    assert entry["frechet_all"] == pytest.approx(sgu.frechet(*features))
+    monkeypatch.setitem(sgu.METHODS, "obtuse", sgu.METHODS["obtuse"])
+    found = rivals.command(tmp_path, argv[1], folder / "judge.pt", (0.3, 0.5, (0.1, 2.0)),
+                           methods="obtuse", pretrained=folder / "standard.pt", unlearn_steps=2,
+                           lr=0.02, **how)
+    assert found["methods"]["obtuse"]["recipe"] == dict(alpha=0.3, steps=2, lr=0.01,
+                                                        window=(0.1, 2.0))
+
+
+def test_spreads():
+    runs = [dict(unlearning_ratio=dict(total=v, n=10), unsure=v) for v in (0.1, 0.2, 0.3)]
+    got = rivals.spreads(runs)["unsure"]
+    assert got["sd"] == pytest.approx(0.1) and got["mean"] == pytest.approx(0.2)
+    entry = dict(unsure=dict(mean=0.5, sd=0.25), D_g=dict(mean=2.5, sd=0.125),
+                 energy_all=dict(mean=0.5, sd=0.0625))
+    cells = [rivals.spread_cell(entry, key) for key in ("unsure", "D_g", "energy_all", "D_f")]
+    assert cells == ["50.0 ± 25.0", "2.50 ± 0.12", "0.5000 ± 0.0625", "-"]
+
+
+def test_toy_trial(monkeypatch, tmp_path):
+    """Kept samples of D are like D_g, all of them are not; what a trial trains with."""
+    start, got = tmp_path / "start.pt", []
+    torch.save(toy_gmm.ToyNet().state_dict(), start)
+    with monkeypatch.context() as patch:
+        patch.setattr(sgu, "euler_maruyama", lambda score, sde, shape, steps, generator:
+                      toy_gmm.sample_mixture(toy_gmm.DATA, shape[0], generator))
+        found = rivals.toy_trial(None, "obtuse", start, None, 0, 0, rivals.SIZE["toy"])
+    g = seeded(3)
+    x, real = (toy_gmm.sample_mixture(c, 5000, g) for c in (toy_gmm.DATA, toy_gmm.KEEP))
+    kept = x[~toy_gmm.nearest_forgotten(x).bool()]
+    for key, points in (("energy_kept", kept), ("energy_all", x)):
+        want = rivals.energy_distance(points, real)
+        assert found["methods"]["obtuse"][key] == pytest.approx(want, abs=0.01)
+    score = toy_gmm.exact_score(toy_gmm.KEEP)
+    monkeypatch.setattr(sgu, "train", lambda **how: got.append(how) or [dict(score=score)])
+    size = dict(rivals.SIZE["toy"], samples=10)
+    rivals.toy_trial(None, "finetune", start, (0.3, 0.5, rivals.ALL), 7, 0, size)
+    asked = [got[0][key] for key in ("alpha", "steps", "lr", "seed", "forget")]
+    assert asked == [0.3, 1000, 0.003, 7, None]
+    assert toy_gmm.nearest_forgotten(got[0]["keep"]).float().mean() < 0.1
+
+
+def test_relearning_sees_forgotten_images_alone(monkeypatch, finished, tmp_path):
+    kept, (folder, argv) = [], finished
+    monkeypatch.setattr(sgu, "train", lambda model, ema, sde, keep, **kw: kept.append(keep) or [])
+    how = dict(images=5, samples=4, looks=(0,), lr=1, batch_size=1)
+    rivals.relearn_trial(None, folder / "standard.pt", how, argv[1], folder / "judge.pt", "two")
+    data = sgu.load_data(argv[1])
+    assert torch.equal(kept[0], data["train"][data["train_labels"] == 1][:5])
+
+
+def test_evaluations_are_counted_in_calls(monkeypatch, tmp_path):
+    monkeypatch.setattr(rivals, "halves", lambda opt: [{}, {}])
+    monkeypatch.setattr(rivals, "attempt_all", lambda trial, jobs, out: {
+        key: dict(methods=dict(standard={})) for key in jobs})
+    for row in rivals.samplers(types.SimpleNamespace(quick=False, out=tmp_path))["rows"]:
+        calls = []
+
+        def score(x, t):
+            calls.append(t)
+            return -x
+        sgu.SAMPLERS[row["sampler"]](score, sgu.VE(), (1, 2), steps=row["steps"])
+        assert len(calls) == row["evaluations"], row
+
+
+def test_a_trial_is_kept_for_the_same_question_alone(tmp_path):
+    calls = []
+    for v in (1, 1, 2):
+        found = rivals.attempt(lambda folder, v: calls.append(v) or dict(v=v), tmp_path, "x",
+                               dict(v=v))
+        assert found["v"] == v
+    assert calls == [1, 2]
+
+
+def test_shipped_networks():
+    """The U-Net and the judge of today's sgu.py are those whose weights are committed."""
+    data = sgu.load_data(str(HERE / "results" / "mnist_digits.npz"))
+    (net, sde), x = sgu.load_model(rivals.committed("standard")), data["test"][:200]
+    with torch.no_grad():
+        loss = sgu.score_matching_loss(sgu.make_score(net, sde), sde, sgu.from_levels(x),
+                                       t=sde.time(torch.ones(200)), generator=seeded())
+    sure = sgu.opinions(sgu.load_judge(rivals.committed("judge")), x)[0].amax(1).mean()
+    assert (float(loss), float(sure)) == pytest.approx((0.0320, 0.948), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["glyphs-3,7", "mnist-3,7"])
+def test_committed_runs_are_todays(name):
+    assert stale.why_stale(make.read_results(name), name) == ""
+
+
+def test_committed_tables_are_todays():
+    for name, table in (("toy", toy_gmm.make_table), ("recipe-mnist-3,7", rivals.recipe_table)):
+        results = make.read_results(name)
+        assert table(results) == results["markdown"], name
+
+
+def test_defaults_of_data_sets():
+    """What the paper forgot, under its schedule."""
+    for name, (forget, sde, *_) in sgu.DATASETS.items():
+        rows = make.PAPER["2"].get(f"{name},{sde}")
+        assert (rows is not None) == (name in ("mnist", "cifar10", "stl10", "celeba")), name
+        assert not rows or set(rows) - {"total", "D_g", "D_f"} == set(forget.split(",")), name
+
+
+def test_toy_measures(tmp_path):
+    """By the exact score of D_g; and what stands beside networks that are hardly trained."""
+    exact = toy_gmm.exact_score(toy_gmm.KEEP)
+    nll = toy_gmm.measure_nll(exact, 16, 0.5)
+    assert nll["D_g"] == pytest.approx(3.524, abs=0.02)
+    assert nll["D_f"] == pytest.approx(5.162, abs=0.05)
+    shares, x = toy_gmm.measure_share(exact, 500, 3)
+    assert [shares[key]["steps"] for key in ("ode", "em")] == [40, 100]
+    want = sgu.euler_maruyama(exact, toy_gmm.SDE, (500, 2), steps=100, generator=seeded(3))
+    assert torch.equal(x, want)
+    assert shares["em"]["share"] == int(toy_gmm.nearest_forgotten(want).sum()) / 500
+    for name, pair in toy_gmm.PAPER.items():
+        i = make.PAPER["1"]["columns"].index(name)
+        assert pair == tuple(make.PAPER["1"][part][i] for part in ("D_g", "D_f"))
+    quick = toy_gmm.run(toy_gmm.Options(str(tmp_path), True))
+    methods = quick["methods"]
+    assert methods["standard"]["exact_nats"]["D_g"] == pytest.approx(3.628, abs=0.1)
+    assert methods["unseen"]["exact_nats"]["D_f"] == pytest.approx(5.162, abs=0.1)
+    assert quick["share_real"]["D_g"] == pytest.approx(0.079, abs=0.03)
+
+
 # ==== CLIP as the judge ===========================================================================
 
 class FakeClip(nn.Module):
