@@ -1,0 +1,298 @@
+"""More of the command: what its results, tables and pictures say, on what its files depend, and odd
+surroundings. What it hands to each stage is tested in test_sgu.py, whose small runs are used here.
+
+    python -m pytest -q notebooks/test_command.py
+"""
+import functools, inspect, io, math, os, pathlib, subprocess, sys, threading, types
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "exercises")]
+
+import sgu
+from checks import F64, check_ode_map, counting, expect, seeded, tiny_net
+from test_sgu import OK, Scalar, every_sde, learn, pushing, recorded, train_scalar
+from testkit import (
+    QUICK, always_late, check_refused, command, copied, finished, results_of, small, tiny_presets,
+    write_npz, write_shapes)
+
+# ==== What the results say ========================================================================
+
+def test_judge_looks_at_real_images(recorded):
+    """The distance of real images is of the first of D_g in training; none of these, of all tests.
+    """
+    judge = sgu.load_judge(recorded.out / "judge.pt")
+    real = sgu.opinions(judge, recorded.images("train", False)[:150])[1]
+    expect(recorded.of("judged", "unseen")[0].real, real, "features of real images to keep", 1e-4)
+    probs = sgu.opinions(judge, recorded.data["test"])[0]
+    none = (probs.argmax(1) == len(recorded.data["classes"])).float().mean()
+    expect(recorded.results["judge"]["none"], none, "real images called none of these", 1e-6)
+
+def test_differences(recorded):
+    """Minus Unseen and minus Standard are the differences of the two entries' own numbers."""
+    entries, gaps = recorded.results["methods"], []
+    for other in ("unseen", "standard"):
+        for method in [m for m in entries if m != other]:
+            got = entries[method][f"minus {other}"]
+            for part in ("D_g", "D_f"):
+                a, b = (entries[m]["nll_bits_per_dim"][part] for m in (method, other))
+                expect(got[part]["mean"], a - b, f"NLL of {part} minus {other}", 1e-6)
+            a, b = (entries[m]["unlearning_ratio"]["total"] for m in (method, other))
+            expect(got["ratio"]["mean"], a - b, f"ratio minus {other}", 1e-6)
+            gaps.append(a - b)
+    assert any(gaps), "this test tells nothing"
+
+def test_paired():
+    """The mean difference of pairs -+ 1.96 of its standard errors, by n - 1."""
+    a, b = torch.randn(2, 50, generator=seeded(), dtype=F64)
+    mean, half = float((a - b).mean()), 1.959964 * np.std((a - b).numpy(), ddof=1) / math.sqrt(50)
+    got = sgu.paired(a, b)
+    expect([got["mean"], *got["ci95"]], [mean, mean - half, mean + half], "difference", 1e-6)
+    assert sgu.paired(a[:1], b[:1])["ci95"] is None
+
+def test_restored(monkeypatch):
+    """Of four images the judge names three rightly before and one after; features are 5 apart."""
+    said = ((torch.eye(3)[[0, 1, 2, 2]], torch.zeros(4, 2)),
+            (torch.eye(3)[[0, 0, 0, 0]], torch.tensor([3., 4.]).expand(4, 2)))
+    monkeypatch.setattr(sgu, "opinions", lambda judge, i: said[i])
+    assert sgu.restored(0, 1, torch.tensor([0, 1, 2, 1]), None) == dict(
+        accuracy=1 / 4, ci95=sgu.wilson(1, 4), n=4, clean=3 / 4, distance=5.)
+
+def test_restorations_in_the_results(recorded):
+    judge, data = sgu.load_judge(recorded.out / "judge.pt"), recorded.data
+    for task in ("inpaint", "reconstruct"):
+        for key, forgotten in (("D_g", False), ("D_f", True)):
+            rows = sgu.is_forgotten(data, "test") == forgotten
+            x, y = (data[k][rows][:4] for k in ("test", "test_labels"))
+            after = sgu.read_file(recorded.out / f"{task}_{key}_unseen.pt")["state"]["values"]
+            got = recorded.results["methods"]["unseen"][task][key]
+            assert got == sgu.restored(x, after, y, judge), (task, key)
+
+def test_how_stages_are_run(recorded):
+    """The first network is seeded; how the judge is trained; the steps of restorations."""
+    torch.manual_seed(7)
+    fresh = sgu.UNet(**recorded.results["config"]["network"]).state_dict()
+    start = recorded.train("standard").start
+    assert all(torch.equal(start[k], fresh[k]) for k in fresh), "--seed does not decide"
+    judge, = recorded.calls["train_judge"]
+    assert (judge.width, judge.steps, judge.precision, judge.seed) == (4, 40, "bfloat16", 7)
+    assert all((c.steps, c.repeats) == (40, 10) for c in recorded.calls["inpaint"])
+    assert all((c.t, c.steps) == (0.02, 20) for c in recorded.calls["reconstruct"])
+
+# ==== Table and pictures ==========================================================================
+
+def test_cells():
+    """Every number of a method's column in its own row."""
+    part = dict(accuracy=0.5, ci95=[0.4, 0.6], n=50, clean=0.9, distance=3.)
+    two = dict(mean=0.125, ci95=[-0.25, 0.5])
+    got = sgu.cells({
+        "unlearning_ratio": dict(a=0.1, total=0.3, n=10, ci95=sgu.wilson(3, 10)), "unsure": 0.25,
+        "kept": 7, "frechet_kept": 1.5, "frechet_real": None, "inpaint": dict(D_g=part),
+        "nll_bits_per_dim": dict(D_g=2., D_f=3., se=dict(D_g=0.25, D_f=None),
+                                 converged=dict(D_g=True, D_f=False)),
+        "minus unseen": dict(ratio=two, D_g=two | dict(ci95=None))})
+    assert got == {
+        ("unlearning ratio, %", "a"): "10.0 [1.8, 40.4]", ("none or unsure, %", ""): "25.0",
+        ("unlearning ratio, %", "total"): "30.0 [10.8, 60.3]",
+        ("distance", "of samples kept"): "1.50 (n = 7)",
+        ("distance", "of real images"): "nan (n = 7)", ("NLL, bits/dim", "D_g"): "2.00 ± 0.25",
+        ("NLL, bits/dim", "D_f"): "3.00 not converged",
+        ("inpaint, % right", "D_g"): "50.0 [40.0, 60.0]",
+        ("minus unseen", "ratio"): "+12.5 [-25.0, +50.0]",
+        ("minus unseen", "D_g"): "+0.12 [+nan, +nan]"}
+
+@pytest.mark.parametrize("forget, training, number, total", [
+    ("automobile,dog", "finetune", 5, "24.6 | | 9.5"),
+    ("automobile,dog", "retrain", 2, "24.6 | | 12.4"), ("dog", "finetune", None, None)])
+def test_the_papers_row(forget, training, number, total, tmp_path):
+    """Under ours, of its Table 5 or 2, where it forgot the same."""
+    ratio = dict(unlearning_ratio=dict(total=0.5, n=10, ci95=[0.2, 0.8]), unsure=0., kept=5,
+                 frechet_kept=1., frechet_real=2.)
+    sgu.save_table(dict(
+        config=dict(sde="vp", training=training, forget=forget), data="cifar10", device="a CPU",
+        command="x", judge=dict(test_accuracy=0.9, floor=0.125, none=0.25),
+        methods=dict(standard=ratio, relative=ratio, obtuse=ratio)), tmp_path)
+    text = " ".join((tmp_path / "table.md").read_text(encoding="utf-8").split())
+    assert "12.50% forgotten in those of D_g" in text and "none of these in 25.00%" in text
+    assert (f"| the paper, Table {number} | {total} |" in text) if number else "paper" not in text
+
+def test_forgotten_samples_are_framed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sgu, "opinions", lambda judge, x: (torch.eye(3)[[0, 1]], None))
+    x = torch.zeros(2, 1, 56, 56, dtype=torch.uint8)
+    sgu.draw_picture(tmp_path / "p.png", dict(title=x), None, [1])
+    frames = np.asarray(Image.open(tmp_path / "p.png"))[30, [131, 131 + 62]]
+    assert frames.tolist() == [[255, 255, 255], [230, 159, 0]]
+
+# ==== On what a file depends ======================================================================
+
+@pytest.mark.parametrize("change, word", [
+    (dict(power=1.0), "power 0.5 -> 1.0"), (dict(loss=sgu.orthogonal_loss), "loss"),
+    (dict(prepare=lambda score, arguments: arguments), "prepare"),
+    (dict(window=(0.1, 6.0)), "window")], ids=["power", "loss", "prepare", "window"])
+def test_an_edited_method_is_another(change, word, copied, capsys, monkeypatch):
+    monkeypatch.setitem(sgu.METHODS, "obtuse", sgu.METHODS["obtuse"]._replace(**change))
+    check_refused(capsys, copied[1], "obtuse.pt", word)
+
+def test_another_noise_law_is_refused(copied, capsys, monkeypatch):
+    monkeypatch.setattr(sgu, "PRESETS", tiny_presets(noise_law=(0.5, 0.8, 5)))
+    check_refused(capsys, copied[1], "noise_law")
+
+def test_samples_of_something_else_are_refused(copied, capsys, tmp_path):
+    """Of another sampler, schedule or network; and half a network is none."""
+    (out, argv), new = copied, tmp_path / "new"
+    check_refused(capsys, [*argv, "--sampler", "em"], "sampler ode -> em")
+    pre = [*argv, "--methods", "standard", "--pretrained", out / "standard.pt", "--out", new]
+    assert command(capsys, *pre)[0] == 0
+    check_refused(capsys, [*pre, "--sde", "ve"], "samples_standard.pt", "sde vp -> ve")
+    saved = sgu.read_file(out / "obtuse.pt")
+    saved["state"]["weights"]["last.weight"] += 1
+    torch.save(saved, out / "obtuse.pt")
+    check_refused(capsys, argv, "samples_obtuse.pt", "network")
+    saved["state"]["parts"] = []
+    torch.save(saved, tmp_path / "half.pt")
+    half = [*argv, "--pretrained", tmp_path / "half.pt", "--out", tmp_path / "b"]
+    check_refused(capsys, half, "half.pt", "finished")
+
+def test_levels_of_refinement_share_their_signs(copied, monkeypatch):
+    """However many images are taken at once."""
+    opt, seeds = sgu.resolve(sgu.parse_options(list(map(str, copied[1]))))[0], []
+    monkeypatch.setattr(sgu, "bits_per_dim", lambda score, sde, x, steps, generator: seeds.append(
+        generator.initial_seed()) or torch.zeros(len(x)))
+    opt.seconds, x = {}, torch.zeros(60, 1, 8, 8, dtype=torch.uint8)
+    for steps in (64, 128):
+        sgu.values_of("m", tiny_net(), opt, f"likelihood D_g {steps}", x, steps)
+    assert len(seeds) > 3 and len(set(seeds)) == 1, seeds
+
+def test_seconds_add_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(sgu, "time", always_late())
+    opt = types.SimpleNamespace(out=tmp_path, fresh=False, checksum=0, forget="", seed=0,
+                                precision="", seconds={})
+    for n in (2, 5):
+        job = functools.partial(sgu.chunks, n, 1, lambda rows: torch.zeros(1))
+        sgu.finish("x", opt, job)
+    assert opt.seconds["x"] == 5 * 31
+
+def test_folders(tmp_path, small):
+    argv = ["--dataset", write_shapes(tmp_path / "s.npz"), "--forget", "two"]
+    outs = {sgu.resolve(sgu.parse_options([*argv, *more.split()]))[0].out for more in (
+        "", "--recipe paper", "--training retrain", "--sde ve", "--forget one")}
+    assert len(outs) == 5, outs
+
+# ==== Defaults, data and judge ====================================================================
+
+@pytest.mark.parametrize("name, evaluations", [("em", 121), ("pc", 201), ("ancestral", 101),
+                                               ("multistep", 21), ("ode", 19)])
+def test_sampler_steps_of_all(name, evaluations, small, tmp_path):
+    path, calls = write_shapes(tmp_path / "s.npz"), []
+    opt = sgu.resolve(sgu.Options(dataset=path, forget="two", sampler=name))[0]
+    score = counting(lambda x, t: -x, calls)
+    sgu.SAMPLERS[name](score, sgu.VE(), (1, 2), steps=opt.sampler_steps, generator=seeded())
+    assert len(calls) == evaluations
+    assert inspect.signature(sgu.predictor_corrector).parameters["snr"].default == 0.16
+
+@every_sde
+def test_of_two_samplers_only_ode_is_a_map(sde):
+    check_ode_map(sgu.SAMPLERS["ode"], sde)
+    with pytest.raises(AssertionError):
+        check_ode_map(sgu.SAMPLERS["multistep"], sde)
+
+@pytest.mark.parametrize("flags, fast", [("amx_bf16", True), ("avx512_bf16", True),
+                                         ("avx2", False)])
+def test_fast_machines(flags, fast, monkeypatch):
+    text = f"model name\t: A CPU\nflags\t\t: sse {flags} avx\n"
+    monkeypatch.setattr(pathlib.Path, "exists", lambda self: True)
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda self, **kw: text)
+    assert sgu.describe("cpu").startswith("A CPU (bfloat16), " if fast else "A CPU, ")
+
+def test_forget_images_draw_numbers_of_their_own():
+    net, seen = Scalar(), []
+    train_scalar(net, pushing(net, [0.3], seen))
+    assert seen[0][3].initial_seed() % 2 == 1
+    with pytest.raises(ValueError, match="uint8"):
+        train_scalar(net, keep=OK * 255, loss=sgu.obtuse_loss)
+
+@pytest.mark.parametrize("name, kind, side", [("stl10", "STL10", 64), ("cifar10", "CIFAR10", 32)])
+def test_halves_and_orientation(name, kind, side, monkeypatch):
+    """Rows get brighter downwards; the half for training is the one called so."""
+    from torchvision import datasets
+    def part(root, download, train=None, split=None):
+        n = 5 if train or split == "train" else 3
+        x = np.broadcast_to(np.arange(side, dtype=np.uint8)[:, None], (n, 3, side, side))
+        x, y = x.transpose(0, 2, 3, 1) if name == "cifar10" else x, np.arange(n) % 2
+        return type("Part", (), dict(data=x, labels=y, targets=y.tolist(), classes=["a", "b"],
+                                     __len__=lambda self: n))()
+    monkeypatch.setattr(datasets, kind, part)
+    data = sgu.load_data(name, "nowhere")
+    assert (len(data["train"]), len(data["test"])) == (5, 3)
+    assert data["train"][0, 0, :, 3].tolist() == list(range(side))
+
+def test_glyphs_for_training_and_testing(monkeypatch):
+    draws, draw = [], sgu.draw_glyphs
+    monkeypatch.setattr(sgu, "draw_glyphs", lambda n, seed: draws.append((n, seed)) or [
+        v.repeat_interleave(n // 200, 0) for v in draw(200, seed)])
+    data = sgu.load_data("glyphs")
+    assert draws == [(12000, 0), (2000, 1)]
+    assert (len(data["train"]), len(data["test"])) == (12000, 2000)
+
+def test_judge_sees_digits_the_right_way_round(monkeypatch):
+    """Shifted on black and never mirrored; colour images half of the time."""
+    seen, features = [], sgu.Judge.features
+    monkeypatch.setattr(sgu.Judge, "features",
+                        lambda self, x: seen.append(x) or features(self, x))
+    for channels in (1, 3):
+        x = torch.zeros(40, channels, 16, 16, dtype=torch.uint8)
+        x[..., 2:5] = 255                              # left of the middle
+        learn(x, torch.arange(40) % 2, width=2, steps=12, batch_size=10)
+    left = [bool((v[1:5, ..., :8].mean((1, 2, 3)) > v[1:5, ..., 8:].mean((1, 2, 3))).all())
+            for v in seen]
+    assert all(left[:12]) and 0 < sum(left[12:]) < 12
+    assert all((v[1:5].abs() == 1).all() for v in seen), "on another ground"
+
+def test_resize_averages(tmp_path):
+    stripes = np.tile(np.array([0, 160, 160, 0], np.uint8), 64)[None, None]
+    write_npz(tmp_path / "s.npz", images=stripes.repeat(24, 0).repeat(256, 1))
+    x = sgu.load_data(str(tmp_path / "s.npz"))["train"][..., 1:-1].float()
+    assert (x - 80).abs().max() < 2
+
+# ==== Surroundings ================================================================================
+
+def test_hostile_surroundings(tmp_path):
+    """A real process in the C locale, without a standard error, with LaTeX in matplotlibrc and odd
+    class names: done, and all files are in UTF-8."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    names = np.array(["gr\xfcn", "\u65e5\u672c|\udcff", "three", "three"])
+    path = write_shapes(tmp_path / "odd.npz", class_names=names)
+    script = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import testkit, sgu; "
+              "sgu.PRESETS = testkit.tiny_presets(); sys.exit(sgu.main(sys.argv[1:]))")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
+    env |= dict(LC_ALL="C", MPLCONFIGDIR=str(tmp_path), PYTHONCOERCECLOCALE="0")
+    argv = ["--dataset", path, *QUICK, "--forget", "0", "--methods", "standard", "--out", "out"]
+    python = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-X", "utf8=0", "-c", script]
+    python += [str(pathlib.Path(sgu.__file__).parent / "notebooks"), *argv]
+    child = subprocess.run(python, cwd=tmp_path, env=env, stdout=subprocess.PIPE)
+    assert child.returncode == 0, child.stdout[-2000:]
+    r = results_of(tmp_path / "out")
+    ratio, classes = (r["methods"]["standard"][k] for k in ("unlearning_ratio", "class_histogram"))
+    assert r["config"]["forget"] == "gr\xfcn" and "gr\xfcn" in ratio
+    assert "gr\xfcn" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert len(classes) == 4 and not any("|" in name for name in classes)
+
+def test_thread_closed_pipe_and_no_standard_error(copied, monkeypatch):
+    """Where Ctrl-C cannot be caught, and where nobody reads: the work is done, exit code 0."""
+    argv, codes = [str(word) for word in copied[1]], []
+    thread = threading.Thread(target=lambda: codes.append(sgu.main(argv)))
+    thread.start()
+    thread.join()
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+    for name, stream in (("stderr", None), ("stdout", Closed())):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, stream)
+            codes.append(sgu.main(argv))
+    with torch.inference_mode():
+        codes.append(sgu.main(argv))
+    assert codes == [0, 0, 0, 0]
