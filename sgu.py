@@ -444,9 +444,8 @@ def log_likelihood(score, sde, x, steps=32, probes=1, exact=False, generator=Non
     whose spread is part of every single value; exact: D unit vectors instead. error: -> (log p, the
     estimated error of the integration, not of signs and prior). Raises ValueError for NaN in x."""
     need(steps >= 1 and probes >= 1, f"steps and probes start at 1; got {steps} and {probes}")
-    need(x.is_floating_point() and x.isfinite().all(), "a likelihood needs images in [-1, 1], as "
-         f"from_levels makes them, without NaN or infinity; these are {x.dtype}")
-    with torch.inference_mode(False), torch.enable_grad():
+    need(x.is_floating_point() and x.isfinite().all(), "a likelihood needs floats without NaN")
+    with torch.inference_mode(False):            # it ends no_grad, too
         x, draws = x.detach().clone(), own_generators(x, generator)
         signs = [torch.randint(2, (probes, *x.shape[1:]), generator=g) for g in draws]
         vectors, n = (2 * torch.stack(signs, dim=1) - 1).to(x), probes      # (probes, B, ...)
@@ -902,8 +901,7 @@ def wilson(k, n, z=1.959964):
     return [max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))]
 
 def paired(a, b):
-    """a - b on the same n samples, (n,) each: its mean and 95% interval, by the normal law: too
-    narrow for a few images, or a few hits. None for n = 1."""
+    """a - b on the same n samples, (n,) each: its mean and 95% interval (normal; n = 1: None)."""
     d, mean = a.double() - b.double(), float((a.double() - b.double()).mean())
     half = 1.959964 * float(d.std(correction=min(1, len(d) - 1))) / math.sqrt(len(d))
     return dict(mean=mean, ci95=[mean - half, mean + half] if len(d) > 1 else None)
@@ -1095,8 +1093,9 @@ def say(text, end="\n"):                         # to standard error, if there i
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=sys.stderr or io.StringIO(), flush=True)
 
-def replace_file(path, content):                 # bytes; a kill leaves the old file or the new one
+def replace_file(path, content):                 # a kill leaves the old file or the new one
     path = pathlib.Path(path)
+    content = content.encode("utf-8", "replace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}")                   # a kill may leave it: one name
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -1106,8 +1105,7 @@ def replace_file(path, content):                 # bytes; a kill leaves the old 
         temporary.unlink(missing_ok=True)                         # a full disk must not stay full
 
 def save_json(path, content):
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    replace_file(path, text.encode("utf-8", "replace"))
+    replace_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 def read_file(path, kind=None, advice=""):
     """What finish wrote: dict(format, config, state, seconds); of a finished network of this kind
@@ -1156,6 +1154,13 @@ def finish(label, opt, job, kind=None, **config):
                 end="\r" if step < steps else "\n")
     opt.seconds[label] = saved["seconds"]
     return read_file(path, kind) if kind else saved
+
+def remove_jobs(opt):                            # of --fresh: a kill would mix old and new
+    tasks = ("", "samples_", "likelihood_D_?_*_", "inpaint_D_?_", "reconstruct_D_?_")
+    jobs = ["judge", *(task + m for m in opt.methods.split(",") for task in tasks)]
+    for path in [path for job in jobs for path in pathlib.Path(opt.out).glob(f"{job}.pt")]:
+        if opt.fresh and not (opt.pretrained and path.samefile(opt.pretrained)):
+            path.unlink()
 
 def load_model(path, device="cpu"):
     """A finished <method>.pt -> (network, schedule): make_score of these two is its score."""
@@ -1331,7 +1336,7 @@ def save_table(results, out):
              f"{judge['test_accuracy']:.2%} of the test images; it sees {judge['floor']:.2%} "
              f"forgotten in those of D_g (its floor), none of these in {judge['none']:.2%} of all.")
     text = "\n".join([title, "", *(f"| {line} |" for line in lines), ""])
-    replace_file(f"{out}/table.md", text.encode("utf-8", "replace"))
+    replace_file(f"{out}/table.md", text)
     text += f"\nPictures, table and all numbers are in {out}"
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), flush=True)
@@ -1356,7 +1361,6 @@ def draw_picture(path, rows, judge, forget):
     replace_file(path, buffer.getvalue())
 
 @torch.inference_mode(False)
-@torch.enable_grad()
 def run(opt, judge=None):
     """The experiment -> the content of results.json. What was finished earlier is read from --out.
     judge: instead of ours, a module with features and head."""
@@ -1368,11 +1372,7 @@ def run(opt, judge=None):
     say(f"{data['name']}: forget {opt.forget} of {len(data['classes'])} classes, {opt.sde}, "
         f"{opt.steps} steps of {opt.batch_size}, {machine}, {opt.precision}; results in {opt.out}")
 
-    for name in ("judge", *opt.methods.split(",")) if opt.fresh else ():
-        for job in ("", "samples_", "likelihood_D_?_*_", "inpaint_D_?_", "reconstruct_D_?_"):
-            for path in pathlib.Path(opt.out).glob(f"{job}{name}.pt"):
-                if not opt.pretrained or not path.samefile(opt.pretrained):
-                    path.unlink()                                 # a kill would mix old and new
+    remove_jobs(opt)
     judge = get_judge(opt, data)["network"].to(opt.device) if judge is None else judge
     gone, forget = is_forgotten(data, "test"), torch.tensor(data["forget"])
     real = opinions(judge, data["train"][~is_forgotten(data, "train")][:opt.samples])[1]

@@ -1518,16 +1518,12 @@ def test_changed_options_are_refused(argv, words, copied, capsys):
 
 def test_changed_data_are_refused_and_moved_ones_are_not(copied, finished, tmp_path, capsys,
                                                          monkeypatch):
-    """A data set is known by its content. An edited recipe in METHODS is another one, too."""
+    """A data set is known by its content, and a loss by its text and what is bound to it."""
     out, argv = copied
     moved = shutil.copy(finished[1][1], tmp_path / "elsewhere.npz")
     with monkeypatch.context() as patch:
         forbid(patch, *WORK)
         assert command(capsys, *argv, "--dataset", moved)[0] == 0
-    for change, words in ((dict(alpha=0.75), "alpha 0.95 -> 0.75"), (dict(keep="D"), "D_g -> D")):
-        with monkeypatch.context() as patch:
-            patch.setitem(sgu.METHODS, "obtuse", sgu.METHODS["obtuse"]._replace(**change))
-            check_refused(capsys, argv, "obtuse.pt", words)
     one, two, text = (sgu.text_of(functools.partial(check_refused, words=v)) for v in (1, 2, open))
     assert one != two and text == sgu.text_of(functools.partial(check_refused, words=open))
     write_shapes(moved, labels=np.roll(np.arange(240) % 4, 1))

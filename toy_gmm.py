@@ -377,7 +377,7 @@ def run(opt):
         share_real=dict(D_g=float(nearest_forgotten(training[0]).float().mean())))
     results["markdown"] = make_table(results)
     sgu.save_json(f"{opt.out}/results.json", results)
-    sgu.replace_file(f"{opt.out}/table1.md", results["markdown"].encode())
+    sgu.replace_file(f"{opt.out}/table1.md", results["markdown"])
     with matplotlib.rc_context(STYLE):
         figure1(results, training, samples).savefig(f"{opt.out}/figure1.png", dpi=160)
         figure2(scores).savefig(f"{opt.out}/figure2.png", dpi=160)

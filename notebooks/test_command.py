@@ -131,7 +131,8 @@ def test_forgotten_samples_are_framed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("change, word", [
     (dict(power=1.0), "power 0.5 -> 1.0"), (dict(loss=sgu.orthogonal_loss), "loss"),
     (dict(prepare=lambda score, arguments: arguments), "prepare"),
-    (dict(window=(0.1, 6.0)), "window")], ids=["power", "loss", "prepare", "window"])
+    (dict(window=(0.1, 6.0)), "window"), (dict(alpha=0.75), "alpha 0.95 -> 0.75"),
+    (dict(keep="D"), "D_g -> D")], ids=lambda v: v if isinstance(v, str) else " ".join(v))
 def test_an_edited_method_is_another(change, word, copied, capsys, monkeypatch):
     monkeypatch.setitem(sgu.METHODS, "obtuse", sgu.METHODS["obtuse"]._replace(**change))
     check_refused(capsys, copied[1], "obtuse.pt", word)
