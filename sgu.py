@@ -1194,6 +1194,7 @@ def get_model(method, opt, data):                # trained now or earlier: what 
         std, window = opt.network["data_std"], how.window
         weights = balanced_weight(sde, std), balanced_weight(sde, std, how.power)
         recipe = recipe._replace(noise_law=opt.noise_law, weighting=weights)
+    flips = data["train"].shape[1] == 3 and len(gone) < 10_000    # photographs, but few
     alpha = how.alpha if opt.alpha is None or not how.loss else opt.alpha
     given = dict(alpha=alpha, window=window, steps=opt.steps, lr=opt.lr, batch_size=opt.batch_size)
     with torch.random.fork_rng(devices=[]):
@@ -1209,8 +1210,10 @@ def get_model(method, opt, data):                # trained now or earlier: what 
                   recipe=opt.recipe, network=opt.network,
                   training=("retrain", "finetune")[from_standard(method, opt)],
                   noise_law=recipe.noise_law, start=checksum(model.state_dict().values()),
-                  loss=text_of(how.loss), prepare=text_of(how.prepare))
+                  loss=text_of(how.loss), prepare=text_of(how.prepare), flips=flips)
     keep, forget = data["train"] if how.keep == "D" else data["train"][~gone], data["train"][gone]
+    if flips:                                                     # both ways of every photograph
+        keep, forget = (torch.cat([x, x.flip(3)]) for x in (keep, forget))
     arguments = dict(given, model=model, ema=copy.deepcopy(model).requires_grad_(False), sde=sde,
                      keep=keep.to(opt.device), forget=forget.to(opt.device) if how.loss else None,
                      forget_loss=how.loss, recipe=recipe, seed=opt.seed)

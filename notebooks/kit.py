@@ -152,7 +152,7 @@ def beside(results, paper, title):
         ax.set_yticks([v for v in ticks if low <= v <= high], minor=False)
         ax.set_yticklabels([f"{v}" for v in ticks if low <= v <= high])
         ax.minorticks_off()
-    title += "" if results else ": the paper's row; no row of ours is committed"
+    title += "" if results else ": the paper's row alone"
     fig.suptitle(title, x=0.02, ha="left", fontsize=10)
     legend(fig, shown, OPEN, 4)
     plt.show()

@@ -252,6 +252,21 @@ def test_judge_sees_digits_the_right_way_round(monkeypatch):
     assert all(left[:12]) and 0 < sum(left[12:]) < 12
     assert all((v[1:5].abs() == 1).all() for v in seen), "on another ground"
 
+@pytest.mark.parametrize("channels, n, times", [(3, 9_999, 2), (3, 10_000, 1), (1, 9_999, 1)])
+def test_few_photographs_are_mirrored(channels, n, times, tmp_path, small, monkeypatch):
+    """Less than 10,000 images in colour train as they are and mirrored; digits never do."""
+    split = np.arange(n + 9) >= n
+    write_npz(tmp_path / "x.npz", n + 9, channels=channels, split=split)
+    opt, data = sgu.resolve(sgu.Options(dataset=str(tmp_path / "x.npz"), forget="1",
+                                        training="retrain", out=str(tmp_path)))
+    monkeypatch.setattr(sgu, "finish", lambda label, opt, job, kind, **config: job.keywords)
+    gone = sgu.is_forgotten(data, "train")
+    for method, kept in (("standard", data["train"]), ("obtuse", data["train"][~gone])):
+        given = sgu.get_model(method, opt, data)
+        assert torch.equal(given["keep"], torch.cat([kept, kept.flip(3)][:times])), method
+    lost = data["train"][gone]
+    assert torch.equal(given["forget"], torch.cat([lost, lost.flip(3)][:times]))
+
 def test_resize_averages(tmp_path):
     stripes = np.tile(np.array([0, 160, 160, 0], np.uint8), 64)[None, None]
     write_npz(tmp_path / "s.npz", images=stripes.repeat(24, 0).repeat(256, 1))
