@@ -52,6 +52,7 @@ def test_marginals_and_chain():
     ends = torch.tensor([0., 1.], dtype=F64)
     expect(sgu.VE().sigma(ends), [0.01, 50.], "the default ends of VE", 1e-6)
     expect(sgu.VP().beta(ends), [0.1, 20.], "the default ends of VP", 1e-6)
+    assert [sde.t_min for sde in (sgu.VE(), sgu.VP(), sgu.DDPM(500))] == [0., 1e-4, 1 / 500]
 
 @every_sde
 def test_prior(sde, n=100_000):
@@ -935,8 +936,9 @@ def test_idx_files(name, folder, tmp_path, offline):
     assert data["classes"][7] == ("Sneaker" if name == "fashion" else "7")
     images, labels = raw / "train-images-idx3-ubyte", raw / "t10k-labels-idx1-ubyte"
     cut, wrong = images.read_bytes()[:-500], labels.read_bytes()[:-1] + b"\xc8"
+    dull = labels.read_bytes()[:8] + bytes(20)
     for file, content in ((images, cut), (images, b"<html>not found</html>"), (images, b""),
-                          (labels, wrong), (labels, None)):
+                          (labels, wrong), (labels, dull), (labels, None)):
         whole = file.read_bytes()
         file.unlink()
         if content is not None:
@@ -1287,6 +1289,8 @@ def test_results_and_files(recorded):
                             likelihood_samples=4, recipe="balanced", training="finetune").items():
         assert r["config"][name] == value, name
     assert recorded.methods == SIX.split(",") and r["command"].startswith("python sgu.py")
+    *each, total = r["seconds"].values()
+    assert total == pytest.approx(sum(each)) and len(each) > 30
     for m in r["methods"].values():
         ratio = m["unlearning_ratio"]
         assert set(ratio) == {"two", "total", "n", "ci95"} and ratio["n"] == 150

@@ -167,6 +167,23 @@ def test_levels_of_refinement_share_their_signs(copied, monkeypatch):
         sgu.values_of("m", tiny_net(), opt, f"likelihood D_g {steps}", x, steps)
     assert len(seeds) > 3 and len(set(seeds)) == 1, seeds
 
+def test_what_pictures_show(copied, capsys, monkeypatch):
+    """The first samples; of inpainting, test images of D_g, then of D_f, above what became of them.
+    """
+    drawn = {}
+    monkeypatch.setattr(sgu, "draw_picture",
+                        lambda path, rows, *rest: drawn.update({pathlib.Path(path).stem: rows}))
+    assert command(capsys, *copied[1], "--tasks", "sample,inpaint")[0] == 0
+    titles = [sgu.METHODS[m].title for m in ("standard", "obtuse")]
+    assert list(drawn["samples"]) == titles and list(drawn["inpaint"]) == ["test images", *titles]
+    state = sgu.read_file(copied[0] / "samples_obtuse.pt")["state"]
+    assert torch.equal(drawn["samples"]["SGU-Obtuse"], state["values"][:16])
+    data = sgu.choose(sgu.load_data(copied[1][1]), "two")
+    gone = sgu.is_forgotten(data, "test")
+    shown, after = drawn["inpaint"]["test images"], drawn["inpaint"]["SGU-Obtuse"]
+    assert torch.equal(shown, torch.cat([data["test"][rows][:4] for rows in (~gone, gone)]))
+    assert torch.equal(after[:, :, 4:], shown[:, :, 4:]), "each below its own image"
+
 def test_seconds_add_up(tmp_path, monkeypatch):
     monkeypatch.setattr(sgu, "time", always_late())
     opt = types.SimpleNamespace(out=tmp_path, fresh=False, checksum=0, forget="", seed=0,
