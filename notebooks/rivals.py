@@ -6,6 +6,7 @@
     python notebooks/rivals.py relearn      how fast do 100 images bring 3 and 7 back?
     python notebooks/rivals.py samplers     the ratio by sampler and number of steps
     python notebooks/rivals.py recipe       what each part of our training recipe is worth
+    python notebooks/rivals.py flips        what mirrored images buy a model of STL-10
 
 Run it from the repository's top folder. A comparison writes one file of notebooks/results. Its
 trials are files in --out, so one that was stopped goes on; relearn needs mnist's networks there.
@@ -559,13 +560,35 @@ def recipe_table(results):
     head = ["recipe", COLUMNS["unsure"], COLUMNS["frechet_kept"], COLUMNS["ratio"]]
     return f"{table_text(head, rows)}\n\n{notes}\n"
 
+FLIPS = dict(forget="airplane", samples=2000)
+
+def flips(opt):
+    """Standard of STL-10 as the command trains it, from 5,000 images and their mirror images, and
+    from the images alone: repeated until they are 10,000, they are too many to be mirrored."""
+    own = pathlib.Path(opt.data_root, "stl10.npz")
+    whole, again = str(own) if own.exists() else "stl10", str(opt.out / "stl10-repeated.npz")
+    data = sgu.load_data(whole, opt.data_root)
+    times = -(-10_000 // len(data["train"]))
+    x, y = (torch.cat([data["train" + rest]] * times + [data["test" + rest]])
+            for rest in ("", "_labels"))
+    np.savez(again, images=x.permute(0, 2, 3, 1).numpy(), labels=y.numpy(),
+             class_names=data["classes"], split=torch.arange(len(x)) >= times * len(data["train"]))
+    how, rows, judge = dict(FLIPS, methods="standard", tasks="sample"), [], None
+    for change, dataset in (("mirrored too", whole), ("as they are", again)):
+        folder = opt.out / f"flips-{len(rows)}"
+        found = sgu.run(sgu.Options(dataset=dataset, out=str(folder), data_root=opt.data_root,
+                                    **how), judge=judge)
+        judge = judge or sgu.load_judge(folder / "judge.pt")   # one for both, of the images once
+        rows.append(dict(found["methods"]["standard"], change=change, judge=found["judge"]))
+    return dict(config=how, rows=rows)
+
 # ==== 6. The command line =========================================================================
 
 EXPERIMENTS = dict(     # name: (function, results file)
     toy=(functools.partial(compare, "toy"), "rivals-toy"),
     mnist=(functools.partial(compare, "mnist"), "rivals-mnist-3,7"),
     relearn=(relearn, "relearn-mnist-3,7"), samplers=(samplers, "samplers-mnist-3,7"),
-    recipe=(recipe, "recipe-mnist-3,7"))
+    recipe=(recipe, "recipe-mnist-3,7"), flips=(flips, "flips-stl10"))
 
 def parse(argv):
     parser = argparse.ArgumentParser(

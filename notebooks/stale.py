@@ -90,6 +90,10 @@ def of_rivals(results, words):
         return dict(config=dict(samplers=rivals.WALKS),
                     rows=[dict(shipped[m], method=m, sampler=sampler, steps=steps)
                           for sampler, steps in rivals.WALKS for m in rivals.DIGITS])
+    if name == "flips":
+        preset = dict(zip(sgu.COLUMNS, sgu.PRESETS[64, "cpu"]))
+        recipe = recipe_of("standard", sgu.Options(), preset["steps"], preset["lr"])
+        return dict(config=rivals.FLIPS, rows=[dict(recipe=recipe)] * 2)
     opt, size = sgu.Options(), rivals.RECIPE
     lr = dict(zip(sgu.COLUMNS, sgu.PRESETS[28, "cpu"]))["lr"]
     steps = {change: round(how[3] * size["steps"]) for change, how in rivals.CHANGES.items()}

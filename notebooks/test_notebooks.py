@@ -317,6 +317,28 @@ def test_toy_trial(monkeypatch, tmp_path):
     assert toy_gmm.nearest_forgotten(got[0]["keep"]).float().mean() < 0.1
 
 
+def test_flips_compare_like_with_like(monkeypatch, tmp_path):
+    """The same images, tests and judge; only the first ones are few enough to be mirrored."""
+    names, seen = ["airplane", "b", "c", "d"], []
+    write_shapes(tmp_path / "stl10.npz", n=60, channels=3, class_names=names)
+    def run(opt, judge):
+        seen.append((sgu.load_data(opt.dataset), judge, opt))
+        return dict(methods=dict(standard=dict(recipe=dict())), judge={})
+    monkeypatch.setattr(sgu, "run", run)
+    monkeypatch.setattr(sgu, "load_judge", lambda path: f"the judge of {path.parent.name}")
+    made = rivals.flips(types.SimpleNamespace(out=tmp_path, data_root=str(tmp_path)))
+    (once, none, first), (often, judge, last) = seen
+    assert (none, judge) == (None, "the judge of flips-0")
+    assert len(once["train"]) < 10_000 <= len(often["train"]) < 10_000 + len(once["train"])
+    for key in ("train", "train_labels"):
+        times = len(often[key]) // len(once[key])
+        assert torch.equal(often[key], torch.cat([once[key]] * times))
+    assert torch.equal(once["test"], often["test"]) and once["classes"] == often["classes"] == names
+    assert (first.samples, first.forget, first.methods) == (2000, "airplane", "standard")
+    same = {k: v for k, v in vars(first).items() if k not in ("dataset", "out")}
+    assert all(getattr(last, k) == v for k, v in same.items())
+    assert [row["change"] for row in made["rows"]] == ["mirrored too", "as they are"]
+
 def test_relearning_sees_forgotten_images_alone(monkeypatch, finished, tmp_path):
     kept, (folder, argv) = [], finished
     monkeypatch.setattr(sgu, "train", lambda model, ema, sde, keep, **kw: kept.append(keep) or [])
@@ -806,6 +828,17 @@ def test_a_comparison_is_fresh(name, monkeypatch, tmp_path):
     monkeypatch.setattr(stale, "read_results", lambda name: dict(methods=other))
     assert (f"steps is {shipped['unseen']['recipe']['steps']}, today 7" in stale.why_stale(made)
             ) == (name in ("mnist", "samplers"))
+
+def test_flips_are_fresh(monkeypatch):
+    """The preset of 64 pixels trains Standard."""
+    steps, lr = (dict(zip(sgu.COLUMNS, sgu.PRESETS[64, "cpu"]))[key] for key in ("steps", "lr"))
+    recipe = dict(alpha=None, steps=steps, lr=lr, window=sgu.EVERY_SIGMA)
+    made = json.loads(json.dumps(dict(
+        command="python notebooks/rivals.py flips", config=rivals.FLIPS,
+        rows=[dict(recipe=recipe, change=str(i)) for i in (0, 1)])))
+    assert stale.why_stale(made) == ""
+    monkeypatch.setattr(rivals, "FLIPS", dict(rivals.FLIPS, samples=7))
+    assert stale.why_stale(made) == "config samples is 2000, today 7"
 
 def test_the_toy_is_fresh(monkeypatch):
     made = make.read_results("toy")
