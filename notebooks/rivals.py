@@ -466,7 +466,9 @@ def frontier(results):
         axes[0].set_xscale("symlog", linthresh=0.01)     # an unbiased estimate of 0 may be negative
     else:
         axes[0].set_xscale("log")
-        axes[0].set_xticks((10, 20, 50, 100), labels=("10", "20", "50", "100"))
+        low, high = axes[0].get_xlim()
+        ticks = [v for v in (5, 7, 10, 15, 20, 30, 50, 100) if low <= v <= high]
+        axes[0].set_xticks(ticks, labels=[f"{v}" for v in ticks])
         axes[0].minorticks_off()
     for ax in axes:
         ax.grid()
