@@ -45,7 +45,7 @@ def per_sample(v, x):                                             # (B,) -> (B, 
 # -beta s^2 + g^2. The noise level sigma = s/a is the clock that all schedules share.
 class Schedule:
     """A schedule defines marginal(t) -> a, s; diffusion(t) -> g; time(sigma) -> t; and, unless a is
-    1, beta(t) with a' = -beta a/2. All are (B,); a(1) and s(t_min) must stay above 0."""
+    1, beta(t) with a' = -beta a/2, all for t of any shape. a(1) and s(t_min) stay above 0."""
     t_min = 0.0                                # the smallest t that training and samplers visit
     def beta(self, t):
         return torch.zeros_like(t)
@@ -193,7 +193,7 @@ def make_score(model, sde, data_std=None, precision="float32"):
     y = x/a = x0 + sigma z has the standard deviation total = sqrt(sigma^2 + data_std^2), and
         denoised = (data_std/total)^2 y + (sigma data_std/total) F(y/total, log(sigma)/4)
     gives F inputs and targets of unit variance at every noise level (Karras et al. 2022, Table 1).
-    The last line is e = (y - denoised)/sigma. data_std: as in training (None: model's or 0.5)."""
+    The bracket is e = (y - denoised)/sigma. data_std: as in training (None: model's or 0.5)."""
     std = getattr(model, "data_std", 0.5) if data_std is None else data_std
     need(precision in ("float32", "bfloat16"), f"precision is float32 or bfloat16, not {precision}")
     need(0 < std < math.inf, f"data_std must be positive, not {std}")
@@ -243,7 +243,7 @@ def predict_noise(score, sde, x0, t, z, generator):
     return t, e.flatten(1), z.flatten(1)
 
 def loss_weight(sde, t, weighting, power=0):
-    """The weight (B,) of the table above; power: 'paper' is s^-power, but for a DDPM."""
+    """The weight (B,) of the table above. 'paper' is 1/s^power; a DDPM's is its own."""
     if callable(weighting):
         return weighting(t)
     need(weighting in ("noise", "paper"), f"weighting: noise, paper or a function, not {weighting}")
@@ -263,7 +263,7 @@ def score_matching_loss(score, sde, x0, t=None, z=None, weighting="noise", gener
 
 def orthogonal_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
     """Eq. 9, 13: (e.z / D)^2, averaged over the batch. x0: (B, ...) from D_f -> scalar >= 0.
-    Right angles to z cost nothing; of mean_i (e_i z_i)^2, a square per pixel, they would."""
+    A right angle to z costs nothing; with mean_i (e_i z_i)^2, a square per pixel, it would."""
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
     return (loss_weight(sde, t, weighting, power=2) * (e * z).mean(1).square()).mean()
 
@@ -333,7 +333,7 @@ def move(mean, sde, x, t, t_next, generator, noisy=True):
 
 def ancestral_step(score, sde, x, t, t_next, generator):
     """One step of DDPM's own sampler, for every schedule. After a step of any length x has the
-    noise of t_next; Euler-Maruyama leaves more, (sigma/sigma_next)^2 as much in a short step."""
+    noise of t_next; Euler-Maruyama leaves more, and the more, the longer its steps are."""
     return move(denoise(score, sde, x, t), sde, x, t, t_next, generator)
 
 def multistep(noisy):
@@ -401,7 +401,7 @@ SAMPLERS = dict(em=euler_maruyama, pc=predictor_corrector, ancestral=ancestral_s
 # l = log sigma it is smooth: some 32 steps of Runge-Kutta do (more for an unlearned network).
 #     dw/dl = b (e - b w),   div_w (dw/dl) = sigma div_y e - D b^2,   b = sigma/c
 # div_y e is the mean of v.(de/dy v), a vector-Jacobian product, over random signs v (Hutchinson).
-# They are seeded by generator and image: for one seed, no likelihood depends on the batch.
+# They are seeded by one draw from generator and by the image: no other image of the batch counts.
 def own_generators(x, generator):
     """One CPU generator per sample of x: (B, ...), seeded by it and by one draw from generator."""
     device = generator.device if generator else None
@@ -440,11 +440,11 @@ def integrate_flow(score, sde, x, steps, vectors, n):
 
 def log_likelihood(score, sde, x, steps=32, probes=1, exact=False, generator=None, error=False):
     """log p(x) of x: (B, ...), strictly log p_t at t = sde.t_min (VE: about one level of 256) ->
-    (B,) in nats, float64. 4 * steps evaluations of score and gradient. probes: signs per image,
-    whose spread is part of every single value; exact: D unit vectors instead. error: -> (log p, the
-    estimated error of the integration, not of signs and prior). Raises ValueError for NaN in x."""
+    (B,) in nats, float64. 4 * steps scores, each with its gradients. probes: signs per image, whose
+    spread is part of every single value; exact: D unit vectors instead. error: -> (log p, the error
+    of the integration, not of signs, judged by half the steps). Raises ValueError for NaN in x."""
     need(steps >= 1 and probes >= 1, f"steps and probes start at 1; got {steps} and {probes}")
-    need(x.is_floating_point() and x.isfinite().all(), "a likelihood needs floats without NaN")
+    need(x.is_floating_point() and x.isfinite().all(), "a likelihood needs finite floats, no NaN")
     with torch.inference_mode(False):            # it ends no_grad, too
         x, draws = x.detach().clone(), own_generators(x, generator)
         signs = [torch.randint(2, (probes, *x.shape[1:]), generator=g) for g in draws]
@@ -637,15 +637,14 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, s
     """Train model, a network for make_score, in place by Eq. 11: for info in train(...): ...
     ema: copy.deepcopy(model), whose averaged weights one samples with, or None. keep, forget:
     (N, ...) uint8 or floats on its device; forget_loss: of obtuse_loss's signature, at sigma in
-    window; recipe: a Recipe, whose 'balanced' is power 1 for keep, 1/2 for forget (for SGU-Relative
-    pass a pair); backward: how two losses become gradients. Yields dict(step, steps, keep, forget,
+    window; recipe: a Recipe, whose 'balanced' is power 1 for keep, 1/2 for forget (SGU-Relative: a
+    pair of balanced_weight); backward: losses -> gradients. Yields dict(step, steps, keep, forget,
     score, snapshot): losses weighted by w(t), the average's score(x, t), and as in descend. Raises
     as check_training does, and FloatingPointError for a loss that is not finite."""
     check_training(keep, forget, forget_loss, alpha, window, steps)
     std = getattr(model, "data_std", 0.5) if data_std is None else data_std
     score, average = (make_score(m, sde, std, recipe.precision) for m in (model, ema or model))
-    both = recipe.weighting                                       # of keep and forget
-    both = both if isinstance(both, (tuple, list)) else (both, both)
+    both = recipe.weighting if isinstance(recipe.weighting, tuple) else 2 * (recipe.weighting,)
     weights = [balanced_weight(sde, std, power) if weight == "balanced" else weight
                for weight, power in zip(both, (1.0, 0.5))]
     def term(step, i, loss, data, sigmas):
@@ -728,9 +727,9 @@ def arrays_of(name, root):
                 class_names=DIGITS if name in ("mnist", "kmnist") else parts[0].classes)
 
 def as_data(source, arrays):
-    """The arrays of an .npz -> what load_data returns. images: uint8, (N, H, W) or (N, H, W, C);
-    labels (N,) or attributes (N, A), yes where above 0; if you like, class_names or attribute_names
-    and split (N,), whose highest number, 1 or more, is for testing (else a random sixth is)."""
+    """The arrays of an .npz -> what load_data returns. images: square uint8 (N, H, W[, C]), shrunk
+    to 64 pixels; labels (N,) or attributes (N, A), yes above 0; optional: class_names or attribute_
+    names; split (N,), whose highest number, 1 or more, is for testing (else a random sixth)."""
     many = "attributes" in arrays
     key, names = ("attributes", "attribute_names") if many else ("labels", "class_names")
     x, y = np.ascontiguousarray(arrays["images"]), np.asarray(arrays[key])
@@ -861,8 +860,8 @@ def none_of_these(x, g):
 
 def train_judge(data, width=16, steps=1000, lr=4e-3, batch_size=256, precision="float32",
                 device="cpu", seed=0, state=None):
-    """A Judge of data, with random shifts, flips of colour images and label smoothing. A fifth of
-    every batch is none_of_these, the last class. A job, see finish, that reports judge."""
+    """A Judge of data, with label smoothing and one random shift, in colour one flip, per batch. A
+    fifth of it is none_of_these, the last class. A job, see finish, that reports judge."""
     x, y, none = data["train"], data["train_labels"], len(data["classes"])
     side, pad, kind = x.shape[2], max(x.shape[2] // 14, 2), torch.device(device).type
     with torch.random.fork_rng(devices=[]):
@@ -916,8 +915,8 @@ def frechet(f1, f2):
     return max(float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross), 0.0)
 
 def judged(probs, features, data, reference, real=None):
-    """What the results say of images, shares in [0, 1]. probs: (N, K), features: (N, F); reference,
-    real: of real images of D_g, as many of real as were kept, since the distance is biased by n."""
+    """What the results say of images, shares in [0, 1]; kept: all not called forgotten, noise too.
+    probs: (N, K), features: (N, F); reference, real: of real D_g, real cut to as many (bias)."""
     n, names, label = len(probs), data["classes"], probs.argmax(1)
     hit, none = torch.isin(label, torch.tensor(data["forget"])), label >= len(names)
     share, k = {v: int((label == c).sum()) / n for c, v in enumerate(names)}, int(hit.sum())
@@ -937,10 +936,10 @@ class Method(NamedTuple):
     loss: Any = None                 # of D_f; None: the keep loss alone
     alpha: Any = None                # Eq. 11
     keep: str = "D_g"                # what the keep loss sees: D or D_g
-    start: str = ""                  # 'scratch' or 'standard'; '': as --training says
+    start: str = ""                  # 'scratch'; 'standard', as prepare wants; '': as --training
     share: float = 0.15              # of --steps, if it starts from Standard
     pace: float = 1.0                # of --lr, if it starts from Standard
-    window: tuple = EVERY_SIGMA      # the sigma at which the loss of D_f acts
+    window: tuple = EVERY_SIGMA      # the sigma at which the loss of D_f acts ('paper': at all)
     power: float = 0.5               # of its balanced_weight
     prepare: Any = None              # (Standard's score, arguments of train) -> arguments of train
 
@@ -1018,7 +1017,7 @@ def parse_options(argv=None):
     add("device", ("auto", "cpu", "cuda"), "where to compute", "auto")
     add("precision", ("float32", "bfloat16"), "of training and sampling")
     add("compile", bool, "torch.compile the network: pays in long runs on a GPU")
-    add("seed", within(int, 0), "one number decides everything random", 0)
+    add("seed", within(int, 0), "one number decides everything random but the data", 0)
     add("data-root", str, "folder of the data sets", "data")
     add("out", str, "folder of the results (default: runs/<dataset>-<forget>...)")
     add("fresh", bool, "overwrite what is in --out instead of going on from it")
@@ -1176,12 +1175,12 @@ def get_judge(opt, data):                        # trained now or earlier: what 
                             precision=opt.precision, seed=opt.seed)
     return finish("judge", opt, job, Judge, steps=opt.judge_steps, network=network)
 
-def text_of(function):                           # a number that changes when a loss is edited
+def text_of(function):                           # changes with its own lines, not its helpers'
     try:
         text = inspect.getsource(getattr(function, "func", function))       # of a partial: its own
         text += re.sub(r" at 0x\w+", "", str(getattr(function, "keywords", "")))
         return zlib.crc32(text.encode())
-    except (OSError, TypeError):                                  # None, or typed in at a prompt
+    except (OSError, TypeError):             # None; or typed in at a prompt: edits go unseen
         return getattr(function, "__name__", None)
 
 def get_model(method, opt, data):                # trained now or earlier: what read_file gives
@@ -1194,7 +1193,6 @@ def get_model(method, opt, data):                # trained now or earlier: what 
         std, window = opt.network["data_std"], how.window
         weights = balanced_weight(sde, std), balanced_weight(sde, std, how.power)
         recipe = recipe._replace(noise_law=opt.noise_law, weighting=weights)
-    flips = data["train"].shape[1] == 3 and len(gone) < 10_000    # photographs, but few
     alpha = how.alpha if opt.alpha is None or not how.loss else opt.alpha
     given = dict(alpha=alpha, window=window, steps=opt.steps, lr=opt.lr, batch_size=opt.batch_size)
     with torch.random.fork_rng(devices=[]):
@@ -1207,12 +1205,12 @@ def get_model(method, opt, data):                # trained now or earlier: what 
         given["steps"] = opt.unlearn_steps or max(1, round(how.share * opt.steps))
         given["lr"] *= how.pace
     config = dict(given, method=method, keep=how.keep, power=how.power, sde=opt.sde,
-                  recipe=opt.recipe, network=opt.network,
+                  recipe=opt.recipe, network=opt.network, schedule=text_of(SCHEDULES[opt.sde]),
                   training=("retrain", "finetune")[from_standard(method, opt)],
                   noise_law=recipe.noise_law, start=checksum(model.state_dict().values()),
-                  loss=text_of(how.loss), prepare=text_of(how.prepare), flips=flips)
+                  loss=text_of(how.loss), prepare=text_of(how.prepare))
     keep, forget = data["train"] if how.keep == "D" else data["train"][~gone], data["train"][gone]
-    if flips:                                                     # both ways of every photograph
+    if data["train"].shape[1] == 3 and len(gone) < 10_000:        # few photographs: mirrored, too
         keep, forget = (torch.cat([x, x.flip(3)]) for x in (keep, forget))
     arguments = dict(given, model=model, ema=copy.deepcopy(model).requires_grad_(False), sde=sde,
                      keep=keep.to(opt.device), forget=forget.to(opt.device) if how.loss else None,
@@ -1241,20 +1239,20 @@ def upper_half_hidden(x):                        # of (..., H, W): the mask, 0 a
 def values_of(method, network, opt, task, x, steps=None):
     """What a task makes of one network, computed now or earlier: images (n, C, H, W) uint8, or for
     'likelihood' bits/dim (n,). x: test images, of whose shape samples are. Random numbers depend on
-    --seed and an image's chunk and place alone: they are the same for every method."""
-    sde, exact = SCHEDULES[opt.sde](), "likelihood" in task
-    score = make_score(network, sde, precision="float32" if exact else opt.precision)
-    n, size, how = len(x), max(4, min(50, 3200 // steps)) if exact else 50, {}
+    --seed and the chunk and place (likelihood: the image) alone: the same for every method."""
+    sde, nll, n, how = SCHEDULES[opt.sde](), "likelihood" in task, len(x), {}
+    score = make_score(network, sde, precision="float32" if nll else opt.precision)
+    size = max(4, min(50, 3200 // steps)) if nll else 50
     if task == "samples":
         n, size, how = opt.samples, 100, dict(sampler=opt.sampler, sampler_steps=opt.sampler_steps)
     def compute(rows):
-        g = torch.Generator(opt.device).manual_seed(opt.seed * 1_000_003 + rows.start * (not exact))
+        g = torch.Generator(opt.device).manual_seed(opt.seed * 1_000_003 + rows.start * (not nll))
         if task == "samples":
             shape = (rows.stop - rows.start, *x.shape[1:])
             return to_levels(SAMPLERS[opt.sampler](score, sde, shape, opt.sampler_steps,
                                                    generator=g, device=opt.device))
         clean = from_levels(x[rows].to(opt.device))
-        if exact:
+        if nll:
             return bits_per_dim(score, sde, clean, steps, generator=g).cpu()
         if "inpaint" in task:
             return to_levels(inpaint(score, sde, clean, upper_half_hidden(x), generator=g))
@@ -1264,7 +1262,7 @@ def values_of(method, network, opt, task, x, steps=None):
     return finish(f"{task} {method}", opt, job, **how)["state"]["values"][:n]
 
 def likelihoods(parts, make):
-    """Bits/dim of parts D_g and D_f, in ever finer steps until the estimated error is below a tenth
+    """Bits/dim of parts D_g and D_f, in ever finer steps, to 512, until the error is below a tenth
     of the standard error -> their entry in the results, {D_g: (n,), D_f: (n,)}."""
     entry, values = dict(n={}, se={}, steps={}, error={}, converged={}), {}
     for key, (x, _) in parts.items():

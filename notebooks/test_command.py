@@ -137,6 +137,10 @@ def test_an_edited_method_is_another(change, word, copied, capsys, monkeypatch):
     monkeypatch.setitem(sgu.METHODS, "obtuse", sgu.METHODS["obtuse"]._replace(**change))
     check_refused(capsys, copied[1], "obtuse.pt", word)
 
+def test_an_edited_schedule_is_another(copied, capsys, monkeypatch):
+    monkeypatch.setitem(sgu.SCHEDULES, "vp", functools.partial(sgu.VP, beta_max=10.0))
+    check_refused(capsys, copied[1], "standard.pt", "schedule")
+
 def test_another_noise_law_is_refused(copied, capsys, monkeypatch):
     monkeypatch.setattr(sgu, "PRESETS", tiny_presets(noise_law=(0.5, 0.8, 5)))
     check_refused(capsys, copied[1], "noise_law")
