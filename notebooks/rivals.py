@@ -582,7 +582,7 @@ def flips(opt):
                                     **how), judge=judge)
         judge = judge or sgu.load_judge(folder / "judge.pt")   # one for both, of the images once
         rows.append(dict(found["methods"]["standard"], change=change, judge=found["judge"]))
-    return dict(config=how, rows=rows)
+    return dict(config=how, rows=rows, device=sgu.describe("cpu"))       # one after the other
 
 # ==== 6. The command line =========================================================================
 
@@ -617,9 +617,10 @@ def main(argv=None):
         results = experiment(opt)
     except sgu.UsageError as error:
         sys.exit(f"rivals: {error}")
-    results.update(command=f"python notebooks/rivals.py {opt.experiment}",
-                   device=f"{sgu.describe('cpu')}, {os.cpu_count()} processes of 1 thread",
-                   versions=dict(python=platform.python_version(), torch=torch.__version__))
+    usual = dict(device=f"{sgu.describe('cpu')}, {os.cpu_count()} processes of 1 thread")
+    results = usual | results | dict(
+        command=f"python notebooks/rivals.py {opt.experiment}",
+        versions=dict(python=platform.python_version(), torch=torch.__version__))
     table = dict(toy=make_table, mnist=make_table, recipe=recipe_table).get(opt.experiment)
     if table:
         results["markdown"] = table(results)
