@@ -14,7 +14,7 @@
 
 fill writes between such a comment and the <!-- end --> that must follow it:
 
-    <!-- results: NAME -->               the table of results/NAME.json, and what it is of
+    <!-- results: NAME [brief] -->       the table of results/NAME.json, and what it is of
     <!-- rows: SECTION NAME NAME -->     the same rows of several files in one table. SECTION:
                                          ratio, nll, inpaint, reconstruct, inpaint-distance or
                                          reconstruct-distance. NAME cifar10,vp: the paper's rows
@@ -131,15 +131,17 @@ def markdown(rows, methods):
                              for label, cells, _ in rows])
 
 
-def results_table(results, table=None, tasks=tuple(TASKS)):
+def results_table(results, table=None, tasks=tuple(TASKS), brief=False):
     """A results file -> Markdown: its own table where it brings one, else a row per figure, a
-    column per method, and under ours the paper's where it has the same."""
+    column per method, and under ours the paper's where it has the same. brief: eight rows of ours
+    for README, which leaves out the share of none alone."""
     if "markdown" in results:
         table, made = results["markdown"].strip(), results["command"]
         return table if made in table else f"{table}\n\n`{made}`; {results['device']}."
     columns, rows = columns_of(results, tasks), []
     for title in dict.fromkeys(title for cells in columns.values() for title in cells):
-        rows += rows_of(title, columns, paper_of(results, table), title)
+        if not (brief and title == "none of these, %"):
+            rows += rows_of(title, columns, paper_of(results, table), title)
     words = f"{words_of(results, ('ratio', 'nll', *tasks))} {words_of_paper(rows)}"
     return f"{markdown(rows, columns)}\n\n{words.strip()}"
 
@@ -261,7 +263,8 @@ def content_of(kind, words):
         value = look_up(read_results(name), " ".join(path))
         return f"{value / 60:.1f} min" if form == "min" else format(value, form)
     if kind == "results":
-        return f"\n{results_table(read_results(*words))}\n"
+        name, *brief = words
+        return f"\n{results_table(read_results(name), brief=brief == ['brief'])}\n"
     return f"\n{dict(rows=rows_table, seeds=seeds_table)[kind](*words)}\n"
 
 

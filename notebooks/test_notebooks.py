@@ -495,6 +495,15 @@ def test_real_open_clip():
 
 # ==== Results files, the paper's tables, README ===================================================
 
+def test_table_of_readme_is_short():
+    """Eight rows of ours; the results page has them all."""
+    def titles(path):
+        text = path.read_text(encoding="utf-8").partition("<!-- results: mnist-3,7 ")[2]
+        lines = [line for line in text.partition("<!-- end")[0].splitlines() if line[:2] == "| "]
+        return [line.split(" | ")[0][2:] for line in lines if not line.startswith("| the paper's")]
+    shown, full = titles(HERE.parent / "README.md")[2:], titles(HERE / "results/README.md")[2:]
+    assert len(shown) == 8 and [row for row in full if row not in shown] == ["none of these, %"]
+
 def test_paper_tables_add_up():
     """The total is the sum of the classes, every row has the four columns, and the table of the
     command quotes them where it forgot the same."""
