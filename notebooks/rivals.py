@@ -575,7 +575,8 @@ def flips(opt):
             for rest in ("", "_labels"))
     np.savez(again, images=x.permute(0, 2, 3, 1).numpy(), labels=y.numpy(),
              class_names=data["classes"], split=torch.arange(len(x)) >= times * len(data["train"]))
-    how, rows, judge = dict(FLIPS, methods="standard", tasks="sample"), [], None
+    tiny = {k: TINY[k] for k in ("steps", "batch_size", "samples") if opt.quick}
+    how, rows, judge = dict(FLIPS, methods="standard", tasks="sample") | tiny, [], None
     for change, dataset in (("mirrored too", whole), ("as they are", again)):
         folder = opt.out / f"flips-{len(rows)}"
         found = sgu.run(sgu.Options(dataset=dataset, out=str(folder), data_root=opt.data_root,

@@ -326,7 +326,8 @@ def test_flips_compare_like_with_like(monkeypatch, tmp_path):
         return dict(methods=dict(standard=dict(recipe=dict())), judge={})
     monkeypatch.setattr(sgu, "run", run)
     monkeypatch.setattr(sgu, "load_judge", lambda path: f"the judge of {path.parent.name}")
-    made = rivals.flips(types.SimpleNamespace(out=tmp_path, data_root=str(tmp_path)))
+    made = rivals.flips(types.SimpleNamespace(out=tmp_path, data_root=str(tmp_path),
+                                              quick=False))
     (once, none, first), (often, judge, last) = seen
     assert (none, judge) == (None, "the judge of flips-0")
     assert len(once["train"]) < 10_000 <= len(often["train"]) < 10_000 + len(once["train"])
