@@ -644,7 +644,7 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, s
     check_training(keep, forget, forget_loss, alpha, window, steps)
     std = getattr(model, "data_std", 0.5) if data_std is None else data_std
     score, average = (make_score(m, sde, std, recipe.precision) for m in (model, ema or model))
-    both = recipe.weighting if isinstance(recipe.weighting, tuple) else 2 * (recipe.weighting,)
+    both = w if isinstance(w := recipe.weighting, (tuple, list)) else (w, w)  # keep, forget
     weights = [balanced_weight(sde, std, power) if weight == "balanced" else weight
                for weight, power in zip(both, (1.0, 0.5))]
     def term(step, i, loss, data, sigmas):

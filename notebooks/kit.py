@@ -10,7 +10,7 @@ from IPython.display import Markdown, display
 import sgu
 from make import DATA as NAMES, ORDER as SHOWN
 from make import PAPER, interval, read_results as read, table_text
-from style import COLOUR, FORGET, MARKER, TITLE, frame
+from style import COLOUR, FORGET, MARKER, TITLE, frame, plain_ticks
 
 RESULTS, DATA = pathlib.Path("results"), pathlib.Path(os.environ.get("SGU_DATA_ROOT", "../data"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,12 +146,8 @@ def beside(results, paper, title):
         if label.startswith("unl"):
             ax.set_ylim(bottom=-0.5)                              # a ratio of nothing is at nothing
     if len(groups) > 1 and max(paper["D_f"]) > 3 * min(paper["D_g"]):
-        ax, ticks = axes[0][1], (2, 3, 5, 10, 15, 25, 50, 100)
-        ax.set_yscale("log")
-        low, high = ax.get_ylim()
-        ax.set_yticks([v for v in ticks if low <= v <= high], minor=False)
-        ax.set_yticklabels([f"{v}" for v in ticks if low <= v <= high])
-        ax.minorticks_off()
+        axes[0][1].set_yscale("log")
+        plain_ticks(axes[0][1].yaxis, (2, 3, 5, 10, 15, 25, 50, 100))
     title += "" if results else ": the paper's row alone"
     fig.suptitle(title, x=0.02, ha="left", fontsize=10)
     legend(fig, shown, OPEN, 4)

@@ -264,7 +264,9 @@ def content_of(kind, words):
         return f"{value / 60:.1f} min" if form == "min" else format(value, form)
     if kind == "results":
         name, *brief = words
-        return f"\n{results_table(read_results(name), brief=brief == ['brief'])}\n"
+        if brief not in ([], ["brief"]):
+            raise ValueError("a results file, and brief or nothing")
+        return f"\n{results_table(read_results(name), brief=bool(brief))}\n"
     return f"\n{dict(rows=rows_table, seeds=seeds_table)[kind](*words)}\n"
 
 

@@ -466,10 +466,7 @@ def frontier(results):
         axes[0].set_xscale("symlog", linthresh=0.01)     # an unbiased estimate of 0 may be negative
     else:
         axes[0].set_xscale("log")
-        low, high = axes[0].get_xlim()
-        ticks = [v for v in (5, 7, 10, 15, 20, 30, 50, 100) if low <= v <= high]
-        axes[0].set_xticks(ticks, labels=[f"{v}" for v in ticks])
-        axes[0].minorticks_off()
+        style.plain_ticks(axes[0].xaxis, (5, 7, 10, 15, 20, 30, 50, 100))
     for ax in axes:
         ax.grid()
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -17,6 +17,10 @@ IMAGES = dict(glyphs=(1, 28), mnist=(1, 28), fashion=(1, 28), kmnist=(1, 28), ci
               stl10=(3, 64), celeba=(3, 64))                   # channels, side
 
 
+def preset_of(size, device="cpu"):
+    return dict(zip(sgu.COLUMNS, sgu.PRESETS[size, device]))
+
+
 def recipe_of(method, opt, steps, lr):
     """What the command notes of a method's training; see get_model of sgu.py."""
     how = sgu.METHODS[method]
@@ -38,8 +42,8 @@ def of_command(results, words):
     size = next(size for size, kind in sgu.PRESETS if kind == device and (
         size == name or isinstance(size, int) and side <= size))
     fast = device == "cuda" or "bfloat16" in results["device"]
-    preset = dict(zip(sgu.COLUMNS, sgu.PRESETS[size, device]), sde=sde, forget=forget,
-                  device=device, precision="bfloat16" if fast else "float32")
+    preset = dict(preset_of(size, device), sde=sde, forget=forget, device=device,
+                  precision="bfloat16" if fast else "float32")
     preset["steps"] = preset["steps"] if fast else preset["steps"] * 6 // 10
     network = sgu.UNet(channels, *(preset.pop(key) for key in sgu.COLUMNS[:4])).config
     stated = {k: v for k, v in vars(opt).items() if v is not None or k not in preset}
@@ -91,11 +95,11 @@ def of_rivals(results, words):
                     rows=[dict(shipped[m], method=m, sampler=sampler, steps=steps)
                           for sampler, steps in rivals.WALKS for m in rivals.DIGITS])
     if name == "flips":
-        preset = dict(zip(sgu.COLUMNS, sgu.PRESETS[64, "cpu"]))
+        preset = preset_of(64)
         recipe = recipe_of("standard", sgu.Options(), preset["steps"], preset["lr"])
         return dict(config=rivals.FLIPS, rows=[dict(recipe=recipe)] * 2)
     opt, size = sgu.Options(), rivals.RECIPE
-    lr = dict(zip(sgu.COLUMNS, sgu.PRESETS[28, "cpu"]))["lr"]
+    lr = preset_of(28)["lr"]
     steps = {change: round(how[3] * size["steps"]) for change, how in rivals.CHANGES.items()}
     return dict(config=size, rows=[dict(change=change, recipe=recipe_of("unseen", opt, n, lr))
                                    for change, n in steps.items()])

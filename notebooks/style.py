@@ -38,6 +38,14 @@ plt.rcParams.update({
     "image.interpolation": "nearest"})
 
 
+def plain_ticks(axis, values):
+    """Of a logarithmic axis: those of values that it shows, in plain numbers, and no others."""
+    low, high = axis.get_view_interval()
+    shown = [v for v in values if low <= v <= high]
+    axis.set_ticks(shown, labels=[f"{v}" for v in shown])
+    axis.set_minor_locator(plt.NullLocator())
+
+
 def frame(ax, colour="0.75", width=0.7):
     """Turn an axes into a picture: no ticks, a thin frame; a forgotten image: (ax, FORGET, 2)."""
     ax.set(xticks=(), yticks=())

@@ -597,6 +597,7 @@ def test_fill(folder, comment, wanted):
     ("<!-- rows: reconstruct stl10,vp --><!-- end -->", "stl10,vp has no reconstruct"),
     ("<!-- results: a,b.c --> <!-- number: a,b.c all.a,b d -->5000<!-- end -->", "without its end"),
     ("<!-- number: a,b.c all.k.1.0 .1f --> and no end", "without its end"),
+    ("<!-- results: a,b.c short --><!-- end -->", "brief or nothing"),
     ("<!-- numbr: a,b.c all.k.1.0 .1f --><!-- end -->", "an end without one")])
 def test_fill_refuses(folder, text, words):
     """One line says why; what cannot be filled stays, and all else is filled."""
