@@ -229,6 +229,17 @@ def test_fast_machines(flags, fast, monkeypatch):
     monkeypatch.setattr(pathlib.Path, "read_text", lambda self, **kw: text)
     assert sgu.describe("cpu").startswith("A CPU (bfloat16), " if fast else "A CPU, ")
 
+def test_slow_machines_take_fewer_steps_but_of_glyphs(monkeypatch, tmp_path):
+    path, presets = write_shapes(tmp_path / "s.npz"), sgu.PRESETS
+    kinds = [("A CPU (bfloat16)", "bfloat16", 10), ("A CPU", "float32", 6)]
+    for machine, precision, tenths in kinds:
+        monkeypatch.setattr(sgu, "describe", lambda device: f"{machine}, 1 thread")
+        own = sgu.resolve(sgu.Options(dataset=path, forget="two", device="cpu"))[0]
+        glyphs = sgu.resolve(sgu.Options(device="cpu"))[0]
+        assert own.precision == glyphs.precision == precision
+        assert own.steps == presets[28, "cpu"][6] * tenths // 10
+        assert glyphs.steps == presets["glyphs", "cpu"][6]         # fewer would draw broken digits
+
 def test_forget_images_draw_numbers_of_their_own():
     net, seen = Scalar(), []
     train_scalar(net, pushing(net, [0.3], seen))
