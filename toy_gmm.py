@@ -95,7 +95,6 @@ def exact_unlearned_score(method, alpha, sde=SDE, keep=KEEP, forget=FORGET, weig
     sgu.need(0 <= alpha < 1 if method == "neggrad" else 0 < alpha <= 1, f"alpha cannot be {alpha}")
     odds = alpha if method == "neggrad" else (1 - alpha) / alpha
     power = 2 if method in ("orthogonal", "elementwise") else 0
-
     def score(x, t):
         s = sde.marginal(t)[1][:, None]
         log_g, e_g, _ = posterior(keep, sde, x, t)
@@ -229,13 +228,11 @@ def make_table(results):
     """What results.json holds -> Markdown: Table 1, the limit and the samples."""
     rows = [["NLL, bits/dim + 8", "D_g", "D_f", "least D_g at this D_f", "above it",
              "% in the middle, Euler-Maruyama", "flow"], ["---"] + ["---:"] * 6]
-
     def add(title, g, f, *shares):
         least = paper_unit(limit(from_paper_unit(f)))
         percents = [[100 * p for p in (v["share"], *v["ci95"])] for v in shares]
         cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*p) for p in percents] or ["", ""]
         rows.append([title, f"{g:.3f}", f"{f:.2f}", f"{least:.3f}", f"{g - least:+.3f}", *cells])
-
     for name, m in results["methods"].items():
         share = m["share"]
         add(m["title"], *in_paper_unit(m["nll_nats"]), share["em"], share["ode"])
@@ -381,13 +378,16 @@ def run(opt):
     with matplotlib.rc_context(STYLE):
         figure1(results, training, samples).savefig(f"{opt.out}/figure1.png", dpi=160)
         figure2(scores).savefig(f"{opt.out}/figure2.png", dpi=160)
-    print(f"{results['markdown']}\nFigures and numbers are in {opt.out}")
+    print(f"{results['markdown']}\nFigures and numbers are in {opt.out}", flush=True)
     return results
 
 def main(argv=None):
     """The command line. Exit codes: 0 done, 2 something to mend (one line says it), 130 Ctrl-C."""
     try:
         run(parse_options(argv))
+        return 0
+    except BrokenPipeError:                            # all is saved; nobody reads on
+        sys.stdout = open(os.devnull, "w")
         return 0
     except (OSError, FloatingPointError) as error:
         sgu.say(f"toy_gmm: {error}")

@@ -13,6 +13,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "exercises")]
 
 import sgu
+import toy_gmm
 from checks import F64, check_ode_map, counting, expect, seeded, tiny_net
 from test_sgu import OK, Scalar, every_sde, learn, pushing, recorded, train_scalar
 from testkit import (
@@ -344,3 +345,13 @@ def test_thread_closed_pipe_and_no_standard_error(copied, monkeypatch):
     with torch.inference_mode():
         codes.append(sgu.main(argv))
     assert codes == [0, 0, 0, 0]
+
+def test_toy_into_a_closed_pipe(tmp_path):
+    """A reader that leaves at once, as head does: exit code 0, and no word about the pipe."""
+    end, out = os.pipe()
+    os.close(end)
+    argv = [sys.executable, toy_gmm.__file__, "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(argv, stdout=out, stderr=subprocess.PIPE, text=True)
+    os.close(out)
+    assert done.returncode == 0 and "pipe" not in done.stderr, done.stderr
+    assert (tmp_path / "figure2.png").exists()
