@@ -241,6 +241,57 @@ def test_slow_machines_take_fewer_steps_but_of_glyphs(monkeypatch, tmp_path):
         assert own.steps == presets[28, "cpu"][6] * tenths // 10
         assert glyphs.steps == presets["glyphs", "cpu"][6]         # fewer would draw broken digits
 
+@pytest.mark.parametrize("side, size", [(16, 28), (28, 28), (32, 32), (64, 64)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_preset_is_of_the_size_and_the_device(side, size, device, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(sgu, "describe", lambda device: "A CPU (bfloat16), 1 thread")
+    opt = sgu.resolve(sgu.Options(dataset=write_shapes(tmp_path / "s.npz", n=64, side=side),
+                                  forget="two"))[0]
+    preset = dict(zip(sgu.COLUMNS, sgu.PRESETS[size, device]))
+    assert opt.device == device and opt.network["channels"] == list(preset["channels"])
+    for key in ("patch", "data_std"):
+        assert opt.network[key] == preset[key]
+    for key in sgu.COLUMNS[4:]:
+        if key != "sampler_steps" and key in preset:
+            found = getattr(opt, key)
+            assert (tuple(found) if key == "noise_law" else found) == preset[key], key
+
+def test_judge_trains_with_smoothed_labels_and_doubts_none(monkeypatch):
+    """Its gradient is that of -sum_k q_k w_k log p_k / sum w_y: q 0.95 of the label and 0.05 even."""
+    seen, cross_entropy = [], torch.nn.functional.cross_entropy
+    def recorded_loss(logits, label, *args, **kw):
+        value = cross_entropy(logits, label, *args, **kw)
+        seen.append((logits.detach().double(), label, value.detach()))
+        return value
+    monkeypatch.setattr(sgu.F, "cross_entropy", recorded_loss)
+    learn(*sgu.draw_glyphs(60, 0, side=16), width=2, steps=1, batch_size=20)
+    (logits, label, value), = seen
+    w = torch.cat([torch.ones(10), torch.tensor([1 / 8])]).double()
+    q = 0.05 / 11 + 0.95 * torch.nn.functional.one_hot(label, 11)
+    mine = -(q * w * logits.log_softmax(1)).sum() / w[label].sum()
+    assert abs(float(mine - value)) < 1e-5 and (label == 10).sum() == 4
+
+@pytest.mark.parametrize("right, warned", [(89, True), (90, False)])
+def test_a_poor_judge_is_said(right, warned, small, monkeypatch, tmp_path, capsys):
+    class Fixed(torch.nn.Module):
+        """Right on the first images of a hundred: the label is their first pixel."""
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+        def features(self, x):
+            return ((x[:, 0, 0] + 1) * 127.5).round()
+        def head(self, f):
+            return 20 * torch.nn.functional.one_hot(f[:, 0].long(), 5).float()
+    x = np.random.default_rng(0).integers(9, 99, (200, 8, 8), dtype=np.uint8)
+    y = np.arange(200) % 4
+    x[:, 0, 0] = np.where(np.arange(200) % 100 < right, y, (y + 1) % 4)
+    path, split = str(tmp_path / "s.npz"), np.arange(200) // 100
+    np.savez(path, images=x, labels=y, split=split)
+    sgu.run(sgu.Options(dataset=path, forget="2", methods="unseen", tasks="reconstruct",
+                        steps=2, likelihood_samples=2, out=str(tmp_path / "out")), judge=Fixed())
+    assert ("the judge is right on 89.0%" in capsys.readouterr().err) == warned
+
 def test_forget_images_draw_numbers_of_their_own():
     net, seen = Scalar(), []
     train_scalar(net, pushing(net, [0.3], seen))
