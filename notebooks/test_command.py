@@ -401,8 +401,13 @@ def test_toy_into_a_closed_pipe(tmp_path):
     """A reader that leaves at once, as head does: exit code 0, and no word about the pipe."""
     end, out = os.pipe()
     os.close(end)
-    argv = [sys.executable, toy_gmm.__file__, "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(argv, stdout=out, stderr=subprocess.PIPE, text=True)
+    code = ("import sys, toy_gmm as toy\n"
+            "toy.QUICK.update(train=99, steps=1, samples=9, nll=(1, 4.))\n"
+            "sys.exit(toy.main(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", code, "--quick", "--out", str(tmp_path)],
+                          cwd=pathlib.Path(toy_gmm.__file__).parent, stdout=out,
+                          stderr=subprocess.PIPE, text=True,
+                          env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"})
     os.close(out)
     assert done.returncode == 0 and "pipe" not in done.stderr, done.stderr
     assert (tmp_path / "figure2.png").exists()
