@@ -884,7 +884,9 @@ def test_what_a_notebook_wrote_bears_its_code(folder, monkeypatch):
     assert stale.why_stale(new) == changed
     write("preset")
     with_presets = dict(found, code=stale.fingerprint(path, ""))
-    monkeypatch.setattr(sgu, "PRESETS", {1: 2})
+    monkeypatch.setattr(sgu, "PRESETS", {("glyphs", "cpu"): 2})        # no script trains on these
+    assert stale.why_stale(with_presets) == ""
+    monkeypatch.setattr(sgu, "PRESETS", {(28, "cpu"): 2})
     assert stale.why_stale(with_presets) == changed
     write("b")
     of_networks = make.read_results("x-mnist")
