@@ -765,8 +765,8 @@ def draw_glyphs(n, seed, side=28):
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
     plates, g = [], torch.Generator().manual_seed(seed)
-    for name in ("DejaVuSans", "DejaVuSerif"):
-        path = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
+    for name in ("Sans", "Serif"):
+        path = pathlib.Path(matplotlib.get_data_path(), f"fonts/ttf/DejaVu{name}.ttf")
         font = ImageFont.truetype(str(path), 58, layout_engine=ImageFont.Layout.BASIC)
         for digit in DIGITS:
             plate = Image.new("L", (64, 64))
@@ -774,8 +774,8 @@ def draw_glyphs(n, seed, side=28):
             plates.append(torch.from_numpy(np.array(plate)).float() / 255)
     which = torch.randint(len(plates), (n,), generator=g)
     plates, images = torch.stack(plates)[:, None], []             # (fonts * 10, 1, 64, 64)
-    jitter = 2 * torch.rand(5, n, generator=g, dtype=torch.float32) - 1
-    angle, scale, slant, dx, dy = jitter * torch.tensor([0.05, 0.03, 0.03, 0.025, 0.025])[:, None]
+    jitter = torch.rand(5, n, generator=g, dtype=torch.float32) - 0.5
+    angle, scale, slant, dx, dy = jitter * torch.tensor([0.1, 0.06, 0.06, 0.05, 0.05])[:, None]
     cos, sin = angle.cos() * (1 + scale), angle.sin() * (1 + scale)
     affine = torch.stack([cos, -sin + slant, dx, sin, cos, dy], dim=1).view(n, 2, 3)
     for i in torch.arange(n).split(2000):
@@ -1041,13 +1041,21 @@ def describe(device):                            # the machine in words, for the
 def from_standard(method, opt):                  # is this method trained on from Standard?
     return (METHODS[method].start or {"finetune": "standard"}.get(opt.training)) == "standard"
 
+def fill_in(opt, channels, side, machine):       # what is open; 6/10: in equal time
+    fast = opt.device == "cuda" or "bfloat16" in machine
+    row = dict(zip(COLUMNS, next(v for (size, kind), v in PRESETS.items() if (
+        kind == opt.device and (size == opt.dataset or isinstance(size, int) and side <= size)))))
+    row["steps"] = row["steps"] * (10 if fast or opt.dataset == "glyphs" else 6) // 10
+    row["sampler_steps"] = SAMPLER_STEPS[opt.sampler or row["sampler"]]
+    row["precision"] = "bfloat16" if fast else "float32"
+    opt.network = UNet(channels, *(row.pop(k) for k in COLUMNS[:4])).config
+    vars(opt).update({k: getattr(opt, k, None) or v for k, v in row.items()})
+
 def resolve(opt):
     """Options with nothing left open -> (opt, data). Raises UsageError before any work is done."""
     opt, cuda = Options(**vars(opt)), torch.cuda.is_available()
     need(opt.device != "cuda" or cuda, "--device cuda: this machine or build of torch has none")
     opt.device = ("cuda" if cuda else "cpu") if opt.device == "auto" else opt.device
-    fast = opt.device == "cuda" or "bfloat16" in describe("cpu")
-    opt.precision = opt.precision or ("bfloat16" if fast else "float32")
     methods = opt.methods.split(",")
     if any(m == "standard" or from_standard(m, opt) for m in methods):
         methods = dict.fromkeys(["standard", *methods])           # the first, and once
@@ -1069,14 +1077,7 @@ def resolve(opt):
     name = "-".join(v for v in name if v not in (None, sde, "finetune", "balanced"))
     opt.sde, opt.out = opt.sde or sde, opt.out or str(pathlib.Path("runs", name))
     _, channels, side, _ = data["train"].shape
-    row = next(row for (size, device), row in PRESETS.items() if device == opt.device and (
-        size == opt.dataset or isinstance(size, int) and side <= size))
-    preset, few = dict(zip(COLUMNS, row)), opt.dataset == "glyphs"
-    preset["steps"] = preset["steps"] * (10 if fast or few else 6) // 10   # 6: in the same time
-    preset["sampler_steps"] = SAMPLER_STEPS[opt.sampler or preset["sampler"]]
-    opt.network = UNet(channels, *(preset.pop(key) for key in COLUMNS[:4])).config
-    for key, value in preset.items():
-        setattr(opt, key, getattr(opt, key, None) or value)
+    fill_in(opt, channels, side, describe("cpu"))
     need((opt.sampler, opt.sde) != ("ancestral", "ddpm") or opt.sampler_steps <= 1000,
          f"--sampler-steps: the chain has 1000 steps, not {opt.sampler_steps}")
     if opt.pretrained:
@@ -1102,7 +1103,6 @@ def replace_file(path, content):                 # a kill leaves the old file or
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)                         # a full disk must not stay full
-
 def save_json(path, content):
     replace_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 

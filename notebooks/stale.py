@@ -39,17 +39,9 @@ def of_command(results, words):
     if name not in IMAGES:
         raise ValueError(f"the size of the images of {name} is not known")
     (channels, side), (forget, sde, *_) = IMAGES[name], sgu.DATASETS.get(opt.dataset, ("", "vp"))
-    size = next(size for size, kind in sgu.PRESETS if kind == device and (
-        size == name or isinstance(size, int) and side <= size))
-    fast = device == "cuda" or "bfloat16" in results["device"]
-    preset = dict(preset_of(size, device), sde=sde, forget=forget, device=device,
-                  precision="bfloat16" if fast else "float32")
-    preset["steps"] = preset["steps"] * (10 if fast or size == "glyphs" else 6) // 10
-    network = sgu.UNet(channels, *(preset.pop(key) for key in sgu.COLUMNS[:4])).config
-    stated = {k: v for k, v in vars(opt).items() if v is not None or k not in preset}
-    config = preset | stated | dict(network=network)
-    config["device"] = device if opt.device == "auto" else opt.device
-    config["sampler_steps"] = opt.sampler_steps or sgu.SAMPLER_STEPS[config["sampler"]]
+    opt.device = device if opt.device == "auto" else opt.device
+    sgu.fill_in(opt, channels, side, results["device"])
+    config = dict(vars(opt), sde=opt.sde or sde, forget=forget)
     methods = opt.methods.split(",")
     if "standard" in methods or any(sgu.from_standard(m, opt) for m in methods):
         methods = [*dict.fromkeys(["standard", *methods])]

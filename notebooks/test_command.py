@@ -252,10 +252,8 @@ def test_the_preset_is_of_the_size_and_the_device(side, size, device, monkeypatc
     assert opt.device == device and opt.network["channels"] == list(preset["channels"])
     for key in ("patch", "data_std"):
         assert opt.network[key] == preset[key]
-    for key in sgu.COLUMNS[4:]:
-        if key != "sampler_steps" and key in preset:
-            found = getattr(opt, key)
-            assert (tuple(found) if key == "noise_law" else found) == preset[key], key
+    assert {key: getattr(opt, key) for key in sgu.COLUMNS[4:]} == {
+        key: preset[key] for key in sgu.COLUMNS[4:]}
 
 def test_judge_trains_with_smoothed_labels_and_doubts_none(monkeypatch):
     """Its loss is -sum_k q_k w_k log p_k / sum w_y, where q is 0.95 on the label and 0.05 even."""
