@@ -60,7 +60,7 @@ class Schedule:
     def drift(self, x, t):
         return -0.5 * per_sample(self.beta(t), x) * x
 
-    def prior_sample(self, shape, generator=None, device=None):   # N(0, s(1)^2 I): x0 is lost in it
+    def prior_sample(self, shape, generator=None, device=None):   # sigma(1) must drown every x0
         return self.at(1)[1] * torch.randn(shape, generator=generator, device=device)
 
     def prior_log_prob(self, x):                                  # (B, ...) -> (B,) nats, float64
@@ -237,9 +237,10 @@ def predict_noise(score, sde, x0, t, z, generator):
         t = torch.rand(len(x0), generator=generator, device=x0.device)
         t = sde.step(t) / sde.n_steps if isinstance(sde, DDPM) else sde.t_min + (1 - sde.t_min) * t
     z = torch.randn(x0.shape, generator=generator, device=x0.device) if z is None else z
-    need(x0.is_floating_point() and t.dim() == 1, "losses take images in [-1, 1] and t: (B,)")
+    need(x0.is_floating_point() and t.is_floating_point() and t.dim() == 1,
+         "losses take images in [-1, 1] and t: (B,) in [0, 1], both floats")
     a, s = (per_sample(v, x0) for v in sde.marginal(t))
-    e = -s * score(a * x0 + s * z, t)
+    e = (-s * score(a * x0 + s * z, t)).view_as(z)
     return t, e.flatten(1), z.flatten(1)
 
 def loss_weight(sde, t, weighting, power=0):
@@ -356,7 +357,7 @@ def walk(step, score, sde, x, grid, generator):
 
 def euler_maruyama(score, sde, shape, steps=120, generator=None, device=None):
     """Samples of Eq. 4. shape: (B, ...) -> x: (B, ...), images near [-1, 1]; steps + 1 evaluations
-    of the score. Below about 20 steps they overshoot."""
+    of the score. The fewer the steps, the further they overshoot."""
     x = sde.prior_sample(shape, generator, device)
     return walk(reverse_step, score, sde, x, time_grid(sde, steps), generator)
 
@@ -412,7 +413,7 @@ def own_generators(x, generator):
 def integrate_flow(score, sde, x, steps, vectors, n):
     """log p(x): (B,) in nats, by Runge-Kutta steps along the flow, evenly spaced in log sigma.
     div_y e is v.(de/dy v), summed over vectors: (B, ...) or (1, ...) each, and divided by n."""
-    d, ends = x[0].numel(), torch.tensor([sde.t_min, 1.0], dtype=torch.float64)
+    d, ends = x[0].numel(), time_grid(sde, 1).flip(0)             # t_min and 1
     lo, hi = sde.sigma(ends).log().tolist()
     grid = sde.time(torch.linspace(lo, hi, 2 * steps + 1, dtype=torch.float64).exp())
     grid[0], grid[-1] = ends                                      # knots and, between, midpoints
@@ -443,7 +444,7 @@ def log_likelihood(score, sde, x, steps=32, probes=1, exact=False, generator=Non
     (B,) in nats, float64. 4 * steps scores, each with its gradients. probes: signs per image, whose
     spread is part of every single value; exact: D unit vectors instead. error: -> (log p, the error
     of the integration, not of signs, judged by half the steps). Raises ValueError for NaN in x."""
-    need(steps >= 1 and probes >= 1, f"steps and probes start at 1; got {steps} and {probes}")
+    need(steps > error and probes >= 1, "steps and probes start at 1, with an error steps at 2")
     need(x.is_floating_point() and x.isfinite().all(), "a likelihood needs finite floats, no NaN")
     with torch.inference_mode(False):            # it ends no_grad, too
         x, draws = x.detach().clone(), own_generators(x, generator)
@@ -452,7 +453,7 @@ def log_likelihood(score, sde, x, steps=32, probes=1, exact=False, generator=Non
         if exact:
             vectors, n = torch.eye(x[0].numel()).to(x).view(-1, 1, *x.shape[1:]), 1
         log_p = integrate_flow(score, sde, x, steps, vectors, n)
-        half = integrate_flow(score, sde, x, -(-steps // 2), vectors, n) if error else None
+        half = integrate_flow(score, sde, x, steps // 2, vectors, n) if error else None
     return (log_p, flow_error(log_p, half)) if error else log_p
 
 def flow_error(fine, coarse):
@@ -580,7 +581,7 @@ def descend(model, ema, steps, lr, gradients, state=None):
     """Train model; ema, or None, averages its weights. gradients(step) sets every p.grad -> report.
     The rate warms up for 5% of the steps and falls like a cosine. Yields dict(report, step, steps,
     snapshot): snapshot() is a state to go on from, bit for bit; the last has only the average."""
-    ema = model if ema is None else ema                           # then averaging changes nothing
+    ema = model if ema is None else ema.eval()                    # then averaging changes nothing
     inner = [p for p in model.parameters() if p.dim() == 4][1:-1] # all but first and last 3x3
     others = [p for p in model.parameters() if all(p is not q for q in inner)]
     parts = [model, ema, torch.optim.Adam(others, lr, betas=(0.9, 0.99))]
@@ -622,7 +623,7 @@ def check_training(keep, forget, forget_loss, alpha, window, steps):
          f"alpha {alpha} must be in [0, 1), the weight of the keep loss, else nothing is forgotten")
     need(0 <= window[0] < window[1], f"window must be 0 <= low < high in sigma, not {window}")
     need(steps >= 1, f"steps must be at least 1, not {steps}")
-    need(not torch.is_inference_mode_enabled(), "leave torch.inference_mode to train")
+    need(torch.is_grad_enabled(), "leave torch.no_grad and torch.inference_mode to train")
     try:
         inspect.signature(forget_loss or obtuse_loss).bind(0, 0, 0, t=0, weighting=0, generator=0)
     except TypeError as error:
@@ -692,7 +693,7 @@ def load_data(name, root="data"):
             blank = data[half].amax((1, 2, 3)) == data[half].amin((1, 2, 3))
             damaged = blank.float().mean() > 0.01 or len(y.unique(dim=0)) < 2
             need(own or not damaged, "many images show nothing, or all labels are the same")
-            if y.dim() == 1 and 1 < len(y.unique_consecutive()) == len(y.unique()) < len(y):
+            if y.dim() == 1 and len(y.unique_consecutive()) <= max(len(y) // 10, len(y.unique())):
                 order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
                 data.update({half: data[half][order], half + "_labels": y[order]})   # was sorted
         return data
@@ -709,9 +710,8 @@ def arrays_of(name, root):
         images, labels = map(torch.cat, zip(draw_glyphs(12000, 0), draw_glyphs(2000, 1)))
         return dict(images=images[:, 0], labels=labels, split=np.repeat([0, 1], [12000, 2000]))
     from torchvision import datasets
-    halves = [dict(train=True), dict(train=False)]
-    if name in ("stl10", "celeba"):
-        halves = [dict(split="train"), dict(split="test")]
+    halves = dict(split="train"), dict(split="test")
+    halves = halves if name in ("stl10", "celeba") else (dict(train=True), dict(train=False))
     with contextlib.redirect_stdout(io.StringIO()):               # it names every mirror it tries
         parts = [getattr(datasets, DATASETS[name][3])(root, download=True, **how) for how in halves]
     split = np.repeat([0, 1], [len(part) for part in parts])
@@ -738,7 +738,8 @@ def as_data(source, arrays):
     sixth = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).numpy() % 6 == 5
     split = np.asarray(arrays.get("split", sixth))
     for v, axes in ((y, 1 + many), (split, 1)):
-        need(v.ndim == axes and len(v) == len(x) > 0 and (axes > 1 or v.dtype.kind in "iub"),
+        known = v.dtype.kind in "iub" or axes > 1 and (v == v).all()    # NaN says neither
+        need(known and v.ndim == axes and len(v) == len(x) > 0,
              f"{len(x)} images need as many {key} and split, integers, not {v.dtype} {v.shape}")
     count = y.shape[1] if many else int(y.max()) + 1
     names = arrays.get(names, range(count if many else min(count, len(x))))
@@ -760,8 +761,7 @@ def as_data(source, arrays):
                 test_labels=y[test])
 
 def draw_glyphs(n, seed, side=28):
-    """n digits from matplotlib's fonts, each shifted, turned, scaled and slanted at random:
-    images (n, 1, side, side) uint8, white on black, and labels (n,)."""
+    """n digits of matplotlib's fonts, moved at random: (n, 1, side, side) uint8, labels (n,)."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
     plates, g = [], torch.Generator().manual_seed(seed)
@@ -775,7 +775,7 @@ def draw_glyphs(n, seed, side=28):
     which = torch.randint(len(plates), (n,), generator=g)
     plates, images = torch.stack(plates)[:, None], []             # (fonts * 10, 1, 64, 64)
     jitter = torch.rand(5, n, generator=g, dtype=torch.float32) - 0.5
-    angle, scale, slant, dx, dy = jitter * torch.tensor([0.1, 0.06, 0.06, 0.05, 0.05])[:, None]
+    angle, scale, slant, dx, dy = jitter * jitter.new_tensor([0.1, 0.06, 0.06, 0.05, 0.05])[:, None]
     cos, sin = angle.cos() * (1 + scale), angle.sin() * (1 + scale)
     affine = torch.stack([cos, -sin + slant, dx, sin, cos, dy], dim=1).view(n, 2, 3)
     for i in torch.arange(n).split(2000):
@@ -807,7 +807,6 @@ def choose(data, forget):
 
 def is_forgotten(data, key):                     # which of data['train'] or data['test']: (N,) bool
     return torch.isin(data[key + "_labels"], torch.tensor(data["forget"]))
-
 def checksum(tensors):                           # one number for their content
     arrays = (tensor.detach().cpu().contiguous().numpy() for tensor in tensors)
     return functools.reduce(lambda crc, array: zlib.crc32(array, crc), arrays, 0)
@@ -860,7 +859,7 @@ def none_of_these(x, g):
 
 def train_judge(data, width=16, steps=1000, lr=4e-3, batch_size=256, precision="float32",
                 device="cpu", seed=0, state=None):
-    """A Judge of data, with label smoothing and one random shift, in colour one flip, per batch. A
+    """A Judge of data, with label smoothing and, per batch, one shift and in colour one flip. A
     fifth of it is none_of_these, the last class. A job, see finish, that reports judge."""
     x, y, none = data["train"], data["train_labels"], len(data["classes"])
     side, pad, kind = x.shape[2], max(x.shape[2] // 14, 2), torch.device(device).type
@@ -873,8 +872,11 @@ def train_judge(data, width=16, steps=1000, lr=4e-3, batch_size=256, precision="
         rows = torch.randint(len(x), (batch_size,), generator=g)
         i, j, flip = torch.randint(2 * pad + 1, (3,), generator=g).tolist()
         image, label = F.pad(x[rows].float() / 127.5 - 1, [pad] * 4, value=-1.0), y[rows]
-        image = image[:, :, i:i + side, j:j + side]
-        image = image.flip(3) if flip % 2 and x.shape[1] == 3 else image.clone()
+        image = image[:, :, i:i + side, j:j + side].clone()
+        if x.shape[1] == 3:                       # half under faint noise: it is no hair or fur
+            image = image.flip(3) if flip % 2 else image
+            faint = (0.4 * torch.rand(batch_size, 1, 1, 1, generator=g) - 0.2).clamp(min=0)
+            image = (image + faint * torch.randn(image.shape, generator=g)).clamp(-1, 1)
         image[::5], label[::5] = none_of_these(image[::5], g), none
         judge.train()
         with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -943,10 +945,8 @@ class Method(NamedTuple):
     power: float = 0.5               # of its balanced_weight
     prepare: Any = None              # (Standard's score, arguments of train) -> arguments of train
 
-def with_reference(score, arguments):
-    """For losses that want Standard's score as their reference."""
-    loss = functools.partial(arguments["forget_loss"], reference=score)
-    return dict(arguments, forget_loss=loss)
+def with_reference(score, arguments):            # for losses that compare with Standard's score
+    return dict(arguments, forget_loss=functools.partial(arguments["forget_loss"], reference=score))
 
 METHODS = dict(
     standard=Method("Standard", keep="D", start="scratch"),
@@ -1037,10 +1037,8 @@ def describe(device):                            # the machine in words, for the
     name = info.partition("model name\t: ")[2].partition("\n")[0] or platform.machine()
     fast = " (bfloat16)" if "amx_bf16" in info or "avx512_bf16" in info else ""
     return f"{name}{fast}, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
-
 def from_standard(method, opt):                  # is this method trained on from Standard?
     return (METHODS[method].start or {"finetune": "standard"}.get(opt.training)) == "standard"
-
 def fill_in(opt, channels, side, machine):       # what is open; 6/10: in equal time
     fast = opt.device == "cuda" or "bfloat16" in machine
     row = dict(zip(COLUMNS, next(v for (size, kind), v in PRESETS.items() if (
@@ -1060,6 +1058,7 @@ def resolve(opt):
     if any(m == "standard" or from_standard(m, opt) for m in methods):
         methods = dict.fromkeys(["standard", *methods])           # the first, and once
     opt.methods = ",".join(methods)
+    need(len({METHODS[m].title for m in methods}) == len(methods), "--methods: titles must differ")
     for how in [METHODS[m] for m in methods if METHODS[m].loss]:  # what train would refuse too late
         alpha = how.alpha if opt.alpha is None else opt.alpha
         loss, image = obtuse_loss if how.prepare else how.loss, torch.zeros(1)
@@ -1156,8 +1155,9 @@ def finish(label, opt, job, kind=None, **config):
 
 def remove_jobs(opt):                            # of --fresh: a kill would mix old and new
     tasks = ("", "samples_", "likelihood_D_?_*_", "inpaint_D_?_", "reconstruct_D_?_")
-    jobs = ["judge", *(task + m for m in opt.methods.split(",") for task in tasks)]
-    for path in [path for job in jobs for path in pathlib.Path(opt.out).glob(f"{job}.pt")]:
+    files = [f"{task}{m}.pt" for m in opt.methods.split(",") for task in tasks]
+    files += "judge.pt results.json table.md samples.png inpaint.png reconstruct.png".split()
+    for path in [path for name in files for path in pathlib.Path(opt.out).glob(name)]:
         if opt.fresh and not (opt.pretrained and path.samefile(opt.pretrained)):
             path.unlink()
 
@@ -1165,7 +1165,6 @@ def load_model(path, device="cpu"):
     """A finished <method>.pt -> (network, schedule): make_score of these two is its score."""
     saved = read_file(path, UNet)
     return saved["network"].to(device), SCHEDULES[saved["config"]["sde"]]()
-
 def load_judge(path, device="cpu"):              # a finished judge.pt -> its Judge, for opinions
     return read_file(path, Judge)["network"].to(device)
 
@@ -1177,9 +1176,10 @@ def get_judge(opt, data):                        # trained now or earlier: what 
 
 def text_of(function):                           # changes with its own lines, not its helpers'
     try:
-        text = inspect.getsource(getattr(function, "func", function))       # of a partial: its own
-        text += re.sub(r" at 0x\w+", "", str(getattr(function, "keywords", "")))
-        return zlib.crc32(text.encode())
+        text = [inspect.getsource(getattr(function, "func", function))]     # of a partial: its own
+        text += [getattr(function, key, "") for key in ("args", "keywords")]
+        text += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        return zlib.crc32(re.sub(r" at 0x\w+", "", str(text)).encode())
     except (OSError, TypeError):             # None; or typed in at a prompt: edits go unseen
         return getattr(function, "__name__", None)
 
@@ -1356,8 +1356,7 @@ def draw_picture(path, rows, judge, forget):
         strips.append(F.pad(torch.cat(list(tiles), dim=2), (130, 0), value=255))
     page = Image.fromarray(torch.cat(strips, dim=1).permute(1, 2, 0).contiguous().numpy())
     for i, title in enumerate(rows):
-        at = 4, int((i + 0.4) * page.height / len(rows))
-        ImageDraw.Draw(page).text(at, title, fill="black")
+        ImageDraw.Draw(page).text((4, (i + 0.4) * page.height // len(rows)), title, fill="black")
     page.save(buffer, "PNG")
     replace_file(path, buffer.getvalue())
 

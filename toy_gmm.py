@@ -128,7 +128,7 @@ def quadrature(components, step=0.2, reach=8):
     margin = reach * v.sqrt()[:, None]
     ends = zip((m - margin).amin(0).tolist(), (m + margin).amax(0).tolist())
     axes = [torch.arange(lo, hi + step, step, dtype=torch.float64) for lo, hi in ends]
-    return torch.cartesian_prod(*axes), step ** 2
+    return torch.cartesian_prod(*axes), step ** len(axes)
 
 def expected_nll(log_q, components, step=0.2, reach=8):
     """E[-log q] over a mixture in nats, without sampling. log_q: a function (N, 2) -> (N,)."""
@@ -378,7 +378,7 @@ def run(opt):
     with matplotlib.rc_context(STYLE):
         figure1(results, training, samples).savefig(f"{opt.out}/figure1.png", dpi=160)
         figure2(scores).savefig(f"{opt.out}/figure2.png", dpi=160)
-    print(f"{results['markdown']}\nFigures and numbers are in {opt.out}", flush=True)
+    print(f"{results['markdown']}\nFigures and numbers are in {opt.out!a}", flush=True)
     return results
 
 def main(argv=None):

@@ -938,15 +938,20 @@ def no_record(monkeypatch):
 def test_predictions(no_record, capsys):
     """A prediction is on record, with a reason, before the run; who is wrong learns nothing."""
     reason = "since it grows with t"
-    for said in ("b", " B.", "(b)", "b: it grows", "b) it grows"):
+    for said in ("b", " B.", "(b)", "b: it grows", "b) it grows", "b: it is a lot, as s/a is"):
         assert marking.record("3.4", said, reason) == "b"
     assert "3.4: on record before the run: b, because: since it grows" in capsys.readouterr().out
-    for said in (1.04, torch.tensor(1.04), np.float32(1.04)):
+    for said in (1.04, torch.tensor(1.04), np.float32(1.04), np.array([1.04])):
         marking.RECORDED.clear()
         assert math.isclose(marking.record("1.4", said, reason, number=True), 1.04, rel_tol=1e-6)
     for said, why, number, words in (
             ("d", reason, False, "letters"), (3, reason, False, "letters"),
             ("a lot", reason, False, "letters"), ("ab", reason, False, "letters"),
+            *((said, reason, False, "letters") for said in (
+                "a, b or c", "a, c", "a) or b)", "b, a", "(a), (b)", "c: or a or b")),
+            *(("b", why, False, "of three words or more") for why in (
+                "because", "1234567", "xxxxxxx", "ha ha ha ha", "and why, in a sentence",
+                "# and why, in a sentence or two", "why must a report have this column?")),
             ("b", "", False, "why_9_2"), ("b", " .... ", False, "why_9_2"),
             ("b", None, False, "why_9_2"), ("b", "?", False, "earns nothing"),
             ("1", reason, True, "a number"), (math.nan, reason, True, "a number"),
@@ -954,6 +959,9 @@ def test_predictions(no_record, capsys):
         with pytest.raises(AssertionError, match=words):
             marking.record("9.2", said, why, number)
     assert "9.2" not in marking.RECORDED
+    for why in ("\u566a\u58f0\u5927\u65f6\u770b\u5230\u7684\u90fd\u662f\u566a\u58f0",
+                "\u0448\u0443\u043c \u043e\u0447\u0435\u043d\u044c \u0441\u0438\u043b\u0435\u043d"):
+        assert marking.record("2.4", "a", why) == "a"
     for said in ("", " ", None):
         with pytest.raises(NotImplementedError, match="question 9.2"):
             marking.record("9.2", said, reason)
@@ -996,6 +1004,22 @@ def test_planted_bugs():
         with pytest.raises(TypeError) as error, marking.planted_bug(line, "3.3"):
             raise TypeError
         assert marking.points(error.value, 3) == earned
+    error = TypeError()
+    for error.earned in (2, 1000, -1):         # an error of a student's own
+        assert marking.points(error, 3) == 0
+
+def test_a_check_has_torch_as_it_starts(capsys):
+    """In Jupyter, too, what a student has set for all of torch is off during a check, and no more
+    than that."""
+    try:
+        torch.set_default_dtype(F64)
+        with torch.no_grad():
+            with marking.marked("10.2", 4):
+                assert torch.ones(1).dtype == torch.float32 and torch.is_grad_enabled()
+            assert torch.ones(1).dtype == F64 and not torch.is_grad_enabled()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert capsys.readouterr().out == ""
 
 @of_every_exercise
 def test_exercise(source, monkeypatch, no_record):
@@ -1065,6 +1089,7 @@ MENDS = [                                      # question, line, what stands the
      "torch.where(known, noised(grid[0]), sde.prior_sample(x.shape, generator))"),
     ("7.2", 3, "sde.at(t)[0] * x", "sde.at(t)[0] * torch.where(known, x, torch.zeros_like(x))"),
     ("7.2", 2, "expand_as(x)", "expand_as(x); x = torch.where(known, x, torch.zeros_like(x))"),
+    ("7.2", 4, "steps)", "steps); x = torch.where(known, x, torch.zeros_like(x))"),
     ("8.3", 6, "~hit", "~hit & sure"), ("8.3", 7, "share(kept)", "share(kept & sure)")]
 
 @needs_sources
@@ -1124,6 +1149,21 @@ def unseeded(score, sde, x_g, x_f, alpha, forget_loss, generator):
 def keep_detached(score, sde, x_g, x_f, alpha, forget_loss, generator):
     keep = sgu.score_matching_loss(score, sde, x_g, generator=generator).detach()
     return alpha * keep + (1 - alpha) * forget_loss(score, sde, x_f, generator=generator)
+
+def forgets_by(**given):
+    """A student's sgu_loss that hands another score or schedule on to the forget loss."""
+    def loss(score, sde, x_g, x_f, alpha, forget_loss, generator):
+        keep = sgu.score_matching_loss(score, sde, x_g, generator=generator)
+        score, sde = given.get("score", score), given.get("sde", sde)
+        return alpha * keep + (1 - alpha) * forget_loss(score, sde, x_f, generator=generator)
+    return loss
+
+def vp_by_integral(t):
+    """A student's marginal that knows expm1, and loses the digits before it."""
+    def integral(t):                           # from some place to t
+        return 1 + 0.1 * t + 9.95 * t ** 2
+    log_a = -(integral(t) - integral(0 * t)) / 2
+    return log_a.exp(), (-torch.expm1(2 * log_a)).sqrt()
 
 def report_of(threshold, classes=None):
     """A student's judge report with another threshold, or that always forgets the same classes."""
@@ -1198,6 +1238,22 @@ def refine_of(error=lambda fine, coarse: (fine - coarse).abs().mean() / 15, agai
         return dict(values=fine, steps=steps, error=found, converged=converged)
     return refine
 
+def fine_first(values_at, tolerance, first=16, most=512):
+    """A student's refinement that asks for the finer of its first two values first."""
+    known = {2 * first: values_at(2 * first)}
+    def look_up(steps):
+        if steps not in known:
+            known[steps] = values_at(steps)
+        return known[steps]
+    return refine_of()(look_up, tolerance, first, most)
+
+def one_by_one(loss, together=lambda values: sum(values) / len(values)):
+    """A student's loss that asks the score about each image by itself."""
+    def by_image(score, sde, x0, t, z):
+        return together([loss(score, sde, x0[i:i + 1], t=t[i:i + 1], z=z[i:i + 1])
+                         for i in range(len(x0))])
+    return by_image
+
 def noise_of(z=lambda x, g: torch.randn(x.shape, generator=g), shape=lambda x: (len(x), 1, 1, 1),
              shades=1., strengths=2., limit=1.):
     """A student's images of noise."""
@@ -1247,6 +1303,15 @@ WRONG = [                                      # handed in: the check, its argum
     ("vp_marginal", (lambda t: (*VP.marginal(t), t),), "two things, a and s, not 3"),
     ("ve_marginal", (VE.marginal, 0.1, 5.), "sigma_min and sigma_max are not used"),
     ("vp_marginal", (VP.marginal, 0.2, 8.), "beta_0 and beta_1 are not used"),
+    ("ve_marginal", (lambda t: VE.marginal(torch.linspace(0, 1, len(t), dtype=F64)),), "3/4, 1/4"),
+    ("vp_marginal", (lambda t: VP.marginal(torch.linspace(0, 1, len(t), dtype=F64)),), "3/4, 1/4"),
+    ("vp_marginal", (lambda t: (VP.marginal(t)[0], (1 - VP.marginal(t)[0] ** 2).sqrt()),),
+     r"1: 1 - a\^2 is such a difference: use expm1"),
+    ("vp_marginal", (vp_by_integral,), r"digits\): [\d.]+, not 1$"),
+    ("ddpm_chain", (lambda t: SDES["DDPM"].marginal((torch.arange(1000) + 1).to(t) / 1000),),
+     "a of the chain"),
+    ("langevin", (lambda score, sde, x, t, *more: sgu.langevin_step(score, sde, x, t / 2, *more),),
+     "x is at time t = 0.3"),
     ("schedule", (VP, None, sgu.VP(0.1, 30.).drift, sgu.VP(0.1, 30.).diffusion), "to another beta"),
     ("schedule", (VP, None, lambda x, t: None), "is its return missing"),
     ("schedule", (VP, None, lambda x, t: t[:, None]), "has the shape"),
@@ -1261,6 +1326,8 @@ WRONG = [                                      # handed in: the check, its argum
     ("sgu_loss", (as_float,), "no gradient"), ("sgu_loss", (swapped,), "must see x_f"),
     ("sgu_loss", (unseeded,), "hand it on to the keep loss"),
     ("sgu_loss", (keep_detached,), "the keep loss is detached"),
+    ("sgu_loss", (forgets_by(sde=VP),), "the score and the schedule that you were given"),
+    ("sgu_loss", (forgets_by(score=lambda x, t: x),), "the score and the schedule that you were"),
     ("report", (report_of(0.31),), "share that the judge is unsure of"),
     ("report", (report_of(0.75),), "share that the judge is unsure of"),
     ("report", (report_of(0.500001),), "share that the judge is unsure of"),
@@ -1268,6 +1335,7 @@ WRONG = [                                      # handed in: the check, its argum
     ("report", (noise_is_kept,), "counts noise as kept"),
     ("frechet", (frechet_by(lambda v: v.T),), "three dimensions"),
     ("frechet", (frechet_by(lambda v: v, torch.float32),), "use float64"),
+    ("frechet", (lambda f, h: frechet_by(lambda v: v)(f, h * len(h) / len(f)),), "against 300"),
     ("wilson", (wilson_of(lambda root, m: root),), "not divided by n"),
     ("wilson", (wilson_of(lambda root, m: root, clip=False),), "not divided by n"),
     ("wilson", (wilson_of(lambda root, m: root / m / 1.959964),), "in front of the root"),
@@ -1302,6 +1370,9 @@ WRONG = [                                      # handed in: the check, its argum
     ("error_estimate", (lambda f, c, n: sgu.flow_error(f, c),), "an eighth"),
     ("refine", (refine_of(again=True),), "fine values of one round are the coarse ones"),
     ("refine", (refine_of(lambda f, c: (f - c).mean().abs() / 15),), "first abs, then the mean"),
+    ("refine", (refine_of(lambda f, c: (f - c).abs().max() / 15),), "on average over the batch"),
+    ("refine", (refine_of(believe=lambda error, tolerance: True),), "on average over the batch"),
+    ("refine", (refine_of(limit=lambda most: most * 1.3),), "more than 100 is too many"),
     ("refine", (refine_of(believe=lambda error, tolerance: not error > tolerance),), "NaN"),
     ("refine", (refine_of(limit=lambda most: 2 * most),), "and no further"),
     ("refine", (refine_of(limit=lambda most: 10 ** 9),), "stop doubling at most"),
@@ -1353,6 +1424,7 @@ def test_right_answers_in_other_words_pass():
     checks.check_error_estimate(lambda f, c, n: torch.maximum(f - c, c - f) / (2 ** n - 1))
     checks.check_refine(refine_of())
     checks.check_refine(refine_of(lambda f, c: sgu.flow_error(f, c).mean()))
+    checks.check_refine(fine_first)
     checks.check_noise(noise_of())
     checks.check_noise(noise_of(uniform))
     checks.check_blend(lambda x, g: torch.maximum(x, x.flip(0)))
@@ -1368,7 +1440,15 @@ def test_right_answers_in_other_words_pass():
     def probe(field, x, r):
         return torch.einsum("bi,bij,bj->b", r, checks.jacobians(x), r)
     checks.check_hutchinson_probe(probe)
+    checks.check_hutchinson_probe(lambda field, x, r: probe(field, x, r).float())
+    checks.check_wilson(lambda k, n: np.array(wilson_of()(k, n)))
+    checks.check_vp_marginal(lambda t: tuple(v.tolist() for v in VP.marginal(t)))
+    checks.check_schedule(VP, None, lambda x, t: VP.drift(x, t).numpy(),
+                          lambda t: VP.diffusion(t).numpy())
     for sde in (VE, VP):
+        checks.check_noising(one_by_one(sgu.score_matching_loss), sde)
+        checks.check_score_matching_value(one_by_one(sgu.score_matching_loss), sde)
+        checks.check_agreement(one_by_one(obtuse_of(torch.mean), torch.stack), sde)
         checks.check_gaussian_score(lambda m, v, sde: checks.Mixture(
             [1.], [m.tolist()], [[[v, 0], [0, v]]]).score(sde), sde)
         checks.check_back_up(lambda y, sde, t, t_next, g: sgu.add_noise(sde, y, t, g, t_next), sde)
@@ -1592,7 +1672,12 @@ def test_grader_survives(tmp_path):
     "if True:\n    %time 1 + 1\n    !ls", "%%time", "%%capture out", "%%prun -q",
     "get_ipython().run_line_magic('matplotlib', 'inline')", "get_ipython().kernel",
     "import asyncio\nawait asyncio.sleep(0)", "text = '''\n!ls\n%time\n'''\nassert '!ls' in text",
-    "display(3)", ">>> 1 + 1", "%time answer = 3\nassert answer == 3"])
+    "display(3)", ">>> 1 + 1", "%time answer = 3\nassert answer == 3",
+    "x = %time 1 + 1\nassert x == 2",
+    "def f(n):\n    x = %time n + 1\n    return x\nassert f(2) == 3",
+    "from IPython import get_ipython\n%time 1 + 1\n%matplotlib inline",
+    "import inspect\ndef f():\n    return 1\n%time y = f()\nassert '1' in inspect.getsource(f)",
+    "%%time\nimport inspect\ndef f():\n    return 1\nassert '1' in inspect.getsource(f)"])
 def test_grader_runs_what_jupyter_runs(extra):
     """Magics, commands, questions and await in a cell cost nothing."""
     pytest.importorskip("IPython")
@@ -1613,7 +1698,97 @@ def test_grader_reads_what_editors_write(tmp_path, capsys):
     for content, line in ((b"\xef\xbb\xbf" + escaped.encode(), ""), (text.encode("utf-16"), ""),
                           (text.encode(), ""), (text.encode("latin-1"), "is not UTF-8")):
         path.write_bytes(content)
-        steps = {step[0]: step for step in grade.grading_steps(path)}
-        assert steps[first["question"]][1][0][1] == answer
+        steps = {step.question: step for step in grade.grading_steps(path)}
+        assert steps[first["question"]].cells[-1] == (True, answer)
         said = capsys.readouterr().out
         assert line in said and said.count("\n") == bool(line), said
+
+def step(question, check, *cells, stub=""):
+    """A step of the grader for 3 points. The last one of cells is the answer."""
+    cells = [(i == len(cells) - 1, cell) for i, cell in enumerate(cells)]
+    return grade.Step(question, cells, check, 3 if question else 0, stub)
+
+STUB = "def divergence(x):\n    raise NotImplementedError('question 4.1')"
+NEEDS = (0, "needs question 4.1, which has no answer that runs")
+
+@pytest.mark.parametrize("steps, wanted", [
+    ([step("1.1", "assert f() == 4", "while True: pass", "def f(): return 4")], (3, "passed")),
+    ([step("1.1", "assert f() == 4", "__import__('os')._exit(1)", "def f(): return 4")],
+     (3, "passed")),
+    ([step("1.1", "", "a = 1", "while True: pass"), step("1.2", "assert a == 1", "")],
+     (0, "NameError: name 'a' is not defined")),
+    ([step("6.4", "", "import time\ntime.sleep(3)")], (3, "passed")),
+    ([step(None, "", "quick = False\ndef size(): return 1 if quick else 2"),
+      step("6.4", "assert not quick and size() == 2", "quick = True")], (3, "passed")),
+    ([step(None, "", "quick = False"), step("1.1", "", "quick = True"),
+      step("1.2", "assert f()", "def f(): return quick")], (3, "passed")),
+    ([step("1.1", "f()", "n = 0\ndef f():\n    global n\n    n += 1"),
+      step("1.2", "assert n == 1", "")], (3, "passed")),
+    ([step("1.1", "made = 7", ""), step("1.2", "assert f() == 7", "def f(): return made")],
+     (3, "passed")),
+    ([step("1.1", "f()", "class E(Exception):\n    earned = 9\ndef f(): raise E")], (0, "E: ")),
+    ([step("4.1", "", "def divergence(:", stub=STUB), step("4.3", "divergence(1)", "")], NEEDS),
+    ([step("4.1", "", "while True: pass", stub=STUB), step("4.3", "divergence(1)", "")], NEEDS),
+    ([step("4.1", "", stub=STUB), step("4.3", "divergence(1)", "")], NEEDS),
+    ([step("4.1", "", "def divergence(x): pass", stub=STUB), step("4.3", "divergence(1)", "")],
+     (3, "passed")),
+    ([step("1.1", "assert checks.expect", "import checks\nchecks.expect = None")], (3, "passed")),
+    ([step("1.1", "assert torch.ones(1).dtype == torch.float32 and torch.is_grad_enabled()",
+           "import torch\ntorch.set_default_dtype(torch.float64)\ntorch.set_grad_enabled(False)")],
+     (3, "passed")),
+    ([step("1.1", "assert pickle.loads(pickle.dumps(f)) is f", "import pickle\ndef f(): pass")],
+     (3, "passed")),
+    ([step("8.2", "", "def wilson(:")], (0, f"(this is Python {sys.version_info.major}.")),
+    ], ids=lambda value: "" if isinstance(value, tuple) else value[-1].question)
+def test_what_the_grader_makes_of_cells(steps, wanted):
+    """The last of some steps, under a limit of a second."""
+    earned, said, _ = grade.outcomes(steps, 1.)[-1]
+    assert earned == wanted[0] and wanted[1] in said, said
+
+@needs_sources
+def test_grader_takes_notebooks_as_they_come(tmp_path, capsys):
+    """Renamed, without metadata, behind a file that is none; names of a picture in an answer, a
+    picture that was changed, and a helper written over a check."""
+    solved = {c["question"]: c["text"] for c in make.read_source(grade.SOURCES[0])
+              if c["kind"] == "solution"}
+    path = hand_in(tmp_path, 1, {
+        "1.1": "# question 1.1\nplt.close()\nhelper(digit)\n" + solved["1.1"],
+        "1.2": "# question 1.2\n" + solved["1.2"].replace("return ", "return twice(") + ")",
+        "1.5": None})
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["metadata"].get("sgu") == "look":
+            cell["source"] = ["def helper(image): pass\n", *cell["source"]]
+    plain = copy.deepcopy(notebook) | dict(metadata=None)
+    for cell in notebook["cells"]:
+        if cell["metadata"].get("sgu") == "check 1.2":
+            cell["source"] = "def twice(*values): return values"
+    plain["cells"] = [dict(cell, metadata=None) for cell in plain["cells"]]
+    plain["cells"] += [{"cell_type": "code", "metadata": {}}, {"cell_type": "code", "source": None}]
+    (tmp_path / "deep.ipynb").write_text("[" * 100_000 + "]" * 100_000)
+    files = [tmp_path / f"{name}.ipynb" for name in ("deep", "Copy of 01_schedules", "homework")]
+    for file, content in zip(files[1:], (dict(notebook, metadata={}), plain)):
+        file.write_text(json.dumps(content), encoding="utf-8")
+    assert grade.main([str(file) for file in files]) == 2
+    out, err = capsys.readouterr()
+    assert "deep.ipynb is not a notebook (RecursionError" in err and len(err.splitlines()) == 1
+    named, bare = re.findall(r"1\.1  (\d).*\n.*1\.2  (\d/3  .*)\n[^*]*?1\.5  (0/3  .*)\n", out)
+    missing = "0/3  the cell with the answer is missing"
+    assert named == ("2", "3/3  passed", missing)
+    assert bare[0] == "2" and "twice" in bare[1] and bare[2] == missing
+    steps = grade.grading_steps(hand_in(tmp_path, 1, {"1.1": None}))
+    assert [which for which, _ in steps[1].cells] == [None]           # a picture is no answer
+    assert grade.source_of([], ["", "Copy of 01_schedules.ipynb"]) == grade.SOURCES[0]
+
+@pytest.mark.parametrize("limit", ["nan", "0", "-1", "inf", "1e10", "soon"])
+def test_grader_refuses_limits_that_are_none(limit, capsys):
+    with pytest.raises(SystemExit) as error:
+        grade.main(["--limit", limit, "none.ipynb"])
+    assert error.value.code == 2
+    assert re.fullmatch(r"grade: argument --limit: .*\n", capsys.readouterr().err)
+
+def test_grader_refuses_to_run_without_assert():
+    command = [sys.executable, "-O", HERE / "exercises" / "grade.py", "none.ipynb"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 2 and "removes what the checks assert" in run.stderr
+    assert len(run.stderr.splitlines()) == 1

@@ -8,8 +8,11 @@ container. Exit code 0, or 2 if a file is no exercise.
 import argparse
 import ast
 import asyncio
+import collections
 import contextlib
+import itertools
 import json
+import linecache
 import multiprocessing
 import os
 import pathlib
@@ -17,15 +20,25 @@ import pickle
 import re
 import signal
 import sys
+import types
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]   # marking.py, make.py, sgu.py
 
+import checks
 import make
+import marking
 import sgu
-from marking import explain, points, printable
+import toy_gmm
+from marking import explain, plain_torch, points, printable
 
 SOURCES = sorted((HERE / "src").glob("*.py"))
+LONG = 5                                       # times the limit: for our own cells, and for SLOW
+SLOW = ("6.4",)                                # says of itself that it takes minutes
+
+# cells: [(which, code)], which is True for the answer, False for another cell of the student's,
+# None for a picture that came with the notebook. stub: the function as it was handed out.
+Step = collections.namedtuple("Step", "question cells check points stub")
 
 
 class Shell:
@@ -36,12 +49,17 @@ class Shell:
         self.space, self.name = space, name
 
     def run_line_magic(self, magic, line, *args):
-        if magic == "time":
-            run_cell(line, self.space, self.name)
+        if magic != "time":
+            return None
+        try:
+            code = compile(line.strip(), self.name, "eval")
+        except SyntaxError:                    # a statement
+            return run_cell(line, self.space, f"{self.name} {line}")
+        return eval(code, self.space, sys._getframe(1).f_locals)
 
     def run_cell_magic(self, magic, line, cell):
         if magic in ("time", "timeit", "capture", "prun"):
-            run_cell(cell, self.space, self.name)
+            run_cell(cell, self.space, f"{self.name} {magic}")
 
     def getoutput(self, *args, **kw):          # of no command; what reads its first line goes on
         return [""]
@@ -59,30 +77,67 @@ def python_of(code):
     return TransformerManager().transform_cell(code)
 
 
+def give_shell(shell):
+    """Let cells, and nobody else, get the shell from IPython, too."""
+    def get_ipython():
+        asks = sys._getframe(1).f_code.co_filename
+        return shell if asks.startswith("<question") else None
+    for module in ("IPython", "IPython.core.getipython"):
+        if module in sys.modules:
+            sys.modules[module].get_ipython = get_ipython
+
+
 def run_cell(code, space, name):
     """Run a cell in space, as Jupyter would."""
-    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-    space["get_ipython"] = lambda: Shell(space, name)
-    waiting = eval(compile(python_of(code), name, "exec", flags=flags), space)
+    code, flags = python_of(code), ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    linecache.cache[name] = len(code), None, code.splitlines(keepends=True), name
+    shell = Shell(space, name)
+    space["get_ipython"] = lambda: shell
+    give_shell(shell)
+    waiting = eval(compile(code, name, "exec", flags=flags), space)
     if waiting is not None:                    # an await outside of functions
         asyncio.run(waiting)
 
 
-def run_step(question, cells, check, space, worth):
-    """Run a student's cells [(is it the answer?, code)], then the check if given. -> points, and
-    'passed' or one line that says what is wrong."""
-    name = f"<question {question}>"
-    for answer, code in cells:
-        try:
-            run_cell(code, space, name)
-        except BaseException as error:
-            if answer:
-                return 0, explain(error, question)
+@contextlib.contextmanager
+def modules_as_before():
+    """What is put into our modules does not stay there: a check must not depend on it."""
+    before = {module: dict(vars(module)) for module in (checks, marking, sgu, toy_gmm)}
     try:
-        run_cell(check, space, "<check>")
+        yield
+    finally:
+        for module, names in before.items():
+            vars(module).update(names)
+
+
+def changed(names, before):
+    """Those of the names that are new or mean something else than before."""
+    return {name: value for name, value in names.items() if before.get(name) is not value}
+
+
+def run_step(question, cells, check, space, worth, ours=types.MappingProxyType({})):
+    """Run a student's cells in space, then the check if given, to which a name in ours means what
+    it means there. -> points, and 'passed' or one line that says what is wrong."""
+    wrong = None
+    with modules_as_before():
+        for i, (which, code) in enumerate(cells):
+            try:
+                run_cell(code, space, f"<question {question}, cell {i}>")
+            except BaseException as error:
+                if which:
+                    wrong = explain(error, question)
+    if wrong:
+        return 0, wrong
+    before = {**space, **ours}
+    scope = dict(before)
+    try:
+        with modules_as_before(), plain_torch():
+            run_cell(check, scope, "<check>")
         return worth, "passed"
     except BaseException as error:
         return points(error, worth), explain(error, question)
+    finally:                                   # pictures that follow show what the check has made
+        space.update(changed(scope, before))
 
 
 def text_of(path):
@@ -98,48 +153,71 @@ def text_of(path):
 
 def code_cells(path):
     """A notebook -> [(tag, code)] of its code cells, and the names that may tell which it is."""
+    def tag(thing):
+        metadata = thing.get("metadata")
+        return str(metadata.get("sgu") or "") if isinstance(metadata, dict) else ""
     try:
         notebook = json.loads(text_of(path))
-        cells = [(str(c.get("metadata", {}).get("sgu", "")), "".join(c["source"]))
-                 for c in notebook["cells"] if c["cell_type"] == "code"]
-        return cells, (str(notebook.get("metadata", {}).get("sgu", "")), pathlib.Path(path).name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        cells = [(tag(cell), "".join(cell.get("source") or "")) for cell in notebook["cells"]
+                 if cell.get("cell_type") == "code"]
+        return cells, (tag(notebook), pathlib.Path(path).name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = printable(f"{type(error).__name__}: {error}", 100)
         raise sgu.UsageError(f"{path} is not a notebook ({reason})") from None
 
 
+def kind_of(tag, code):
+    """What a cell is, and of which question: by its metadata, or else by its first line."""
+    first = re.match(r"\s*# (question|check of question) (\d+\.\d+)", code)
+    if first and not tag:
+        return "answer" if first[1] == "question" else "check", first[2]
+    kind, _, question = tag.partition(" ")
+    return kind, question
+
+
+def source_of(cells, names):
+    """The file that a notebook was made from: by a name that holds its stem, or else by the
+    questions that most cells belong to. None if there is none."""
+    numbers = collections.Counter(question.partition(".")[0].zfill(2)
+                                  for _, question in itertools.starmap(kind_of, cells) if question)
+    by_name = [source for name in names for source in SOURCES if source.stem in name]
+    by_cells = [source for number, _ in numbers.most_common(1) for source in SOURCES
+                if source.stem.startswith(f"{number}_")]
+    return next(iter(by_name + by_cells), None)
+
+
 def grading_steps(path):
-    """A student's notebook -> [(question, cells, check, points)]. Checks and the notebook's own
-    cells are taken from the source. Cells are known by their metadata or else their first line;
-    cells that a student added run before the check that follows them."""
+    """A student's notebook -> a Step for each question, and for each cell that everything needs,
+    which is taken from the source like the checks. Cells that a student added or has written over,
+    and pictures, run before the check that follows them."""
     cells, names = code_cells(path)
     if not SOURCES:
         raise sgu.UsageError("the grader needs notebooks/exercises/src, which this copy lacks")
-    source = next((s for name in names for s in SOURCES if name.startswith(s.stem)), None)
+    source = source_of(cells, names)
     if source is None:
         raise sgu.UsageError(f"{path} is none of our exercises; keep its name, or start again from "
                              "notebooks/exercises")
-    original, mine, extra = make.read_source(source), {}, []
-    texts = {cell["text"].strip() for cell in original}
+    original, mine, extra = make.read_source(source), collections.defaultdict(list), []
+    setups, pictures = ({c["text"].strip() for c in original if c["kind"] == kind}
+                        for kind in ("setup", "look"))
     for tag, code in cells:
-        first = re.match(r"# (question|check of question) (\d+\.\d+)", code)
-        if first and not tag:
-            tag = f"{'answer' if first[1] == 'question' else 'check'} {first[2]}"
-        kind, _, question = tag.partition(" ")
-        if kind == "answer":
-            mine[question] = mine.get(question, []) + extra + [(True, code)]
-        elif kind == "check" and extra:
-            mine[question] = mine.get(question, []) + extra
-        elif kind in ("", "setup") and code.strip() not in texts:
-            extra.append((False, code))
+        kind, question = kind_of(tag, code)
+        written_over = kind == "check" and not code.lstrip().startswith("# check of question")
+        if kind in ("", "setup", "look") and code.strip() not in setups or written_over:
+            extra.append((None if code.strip() in pictures else False, code))
         if kind in ("answer", "check"):
+            mine[question] += extra + [(True, code)] * (kind == "answer")
             extra = []
-    steps = []
+    steps, stubs = [], {}
     for c in original:
+        question, text = c["question"], c["text"]
+        if c["kind"] == "student" and "raise NotImplementedError" in text:
+            stubs[question] = text
         if c["kind"] == "setup":
-            steps.append((None, [(True, c["text"])], "", 0))
+            steps.append(Step(None, [(True, text)], "", 0, ""))
         elif c["kind"] == "check":
-            steps.append((c["question"], mine.get(c["question"], []), c["text"], c["points"]))
+            stub = stubs.get(question, "")
+            steps.append(Step(question, mine[question], text, c["points"], stub))
     return steps
 
 
@@ -151,11 +229,24 @@ def grade_worker(pipe, steps, first, skip):
         os.setsid()                            # what a student starts ends with this process
     for stream in range(3):
         os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-    os.environ["MPLBACKEND"], space = "Agg", {"__name__": "__main__", "display": print}
-    for i, (question, cells, check, worth) in enumerate(steps):
-        check = check if i >= first else ""
-        earned, said = (0, "") if i in skip else run_step(question, cells, check, space, worth)
-        why = space.get("why_" + str(question).replace(".", "_"))
+    os.environ["MPLBACKEND"] = "Agg"
+    sys.modules["__main__"] = types.ModuleType("__main__")           # as in Jupyter, for pickle
+    space, ours = vars(sys.modules["__main__"]), {"__name__": "__main__"}
+    space["display"] = print
+    for i, step in enumerate(steps):
+        earned, said = 0, ""
+        if step.question is None:              # its functions see no name that a student changes
+            before = dict(ours)
+            earned, said = run_step(None, step.cells, "", ours, 0)
+            space.update(changed(ours, before))
+        elif i not in skip:
+            earned, said = run_step(step.question, step.cells, step.check if i >= first else "",
+                                    space, step.points, ours)
+        if step.stub:                          # who needs what is missing learns where it belongs
+            handed_out = space | ours
+            run_cell(step.stub, handed_out, "<handed out>")
+            space.update((name, handed_out[name]) for name in handed_out.keys() - space.keys())
+        why = space.get("why_" + str(step.question).replace(".", "_"))
         pipe.send((i, earned, said, "" if why is None else printable(why) or "(empty)"))
     os._exit(0)
 
@@ -163,10 +254,10 @@ def grade_worker(pipe, steps, first, skip):
 def outcomes(steps, limit):
     """How every step went: [(points, what the check said, the student's reason)].
 
-    Where the process ends or hangs, another one runs the earlier cells again, without that
-    question, and goes on.
+    Where the process ends or hangs, another one runs the earlier cells again, and goes on with the
+    answer to that question alone, and then without that question.
     """
-    first, skip, lines = 0, set(), {}
+    first, skip, lines, steps = 0, set(), {}, list(steps)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     while first < len(steps):
         ours, theirs = context.Pipe(duplex=False)
@@ -176,14 +267,16 @@ def outcomes(steps, limit):
         at = 0
         try:
             while at < len(steps):
-                if not ours.poll(limit if steps[at][0] else 5 * limit):
+                question = steps[at].question
+                seconds = limit * (LONG if question is None or question in SLOW else 1)
+                if not ours.poll(seconds):
                     raise TimeoutError
                 at, *line = ours.recv()
                 if at >= first:
                     lines[at], first = line, at + 1
                 at += 1
         except TimeoutError:
-            end = f"no result after {limit:g} s (an endless loop?)"
+            end = f"no result after {seconds:g} s (an endless loop?)"
         except (EOFError, OSError, ValueError, TypeError, pickle.UnpicklingError):
             process.join(1)
             end = f"the code ended its process (exit code {process.exitcode})"
@@ -192,7 +285,13 @@ def outcomes(steps, limit):
                 os.killpg(process.pid, signal.SIGKILL)               # what cells have started, too
             process.kill()
             process.join()
-        if first < len(steps) and (at >= first or at in skip):       # in skip: no way past it
+        if first == len(steps):
+            break
+        answer = [cell for cell in steps[at].cells if cell[0]]
+        if at not in skip and answer != steps[at].cells:
+            steps[at] = steps[at]._replace(cells=answer)
+            continue
+        if at >= first or at in skip:                                # in skip: no way past it
             upto = len(steps) if at in skip else at + 1
             lines.update({i: (0, end, "") for i in range(first, upto)})
             first = upto
@@ -205,26 +304,36 @@ def grade(path, limit=120.):
     steps, total = grading_steps(path), 0
     lines = outcomes(steps, limit)
     print(printable(pathlib.Path(path).name))
-    for (question, cells, _, worth), (earned, said, why) in zip(steps, lines):
-        if question:
-            said = said if cells else "the cell with the answer is missing"
-            earned = earned if cells else 0
+    for step, (earned, said, why) in zip(steps, lines):
+        if step.question:
+            if not earned and all(which is None for which, _ in step.cells):
+                said = "the cell with the answer is missing"
             total += earned
-            print(f"  {question}  {earned}/{worth}  {said}" + (f"; why: {why}" if why else ""))
+            why = f"; why: {why}" if why else ""
+            print(f"  {step.question}  {earned}/{step.points}  {said}{why}")
         elif said != "passed":
             print(f"  the notebook's own cell: {said}")
-    possible = sum(step[3] for step in steps)
+    possible = sum(step.points for step in steps)
     print(f"  total  {total}/{possible}", flush=True)
     return total, possible
+
+
+def seconds(text):
+    """A time limit; a day is more than enough, and what no clock can wait for is an error."""
+    if not 0 < float(text) <= 86400:
+        raise ValueError
+    return float(text)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="grade.py", description="Grade exercise notebooks.")
     parser.error = lambda message: parser.exit(2, f"grade: {message}\n")
     parser.add_argument("files", nargs="+", metavar="FILE.ipynb")
-    parser.add_argument("--limit", type=float, default=120., metavar="SECONDS",
+    parser.add_argument("--limit", type=seconds, default=120., metavar="SECONDS",
                         help="time limit per question (default 120)")
     opt, code = parser.parse_args(argv), 0
+    if not __debug__:
+        parser.error("python -O (or PYTHONOPTIMIZE) removes what the checks assert; run it without")
     for path in opt.files:
         try:
             grade(path, opt.limit)

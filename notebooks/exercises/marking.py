@@ -7,6 +7,8 @@ import re
 import sys
 import traceback
 
+import torch
+
 def say(text):
     with contextlib.suppress(ValueError, OSError):                   # a student may have closed it
         print(text)
@@ -42,11 +44,13 @@ def explain(error, question=""):
         text = f"{type(error).__name__}: {error}"
         if isinstance(error, NotImplementedError):
             own = str(error) == f"question {question}" or not str(error).startswith("question")
-            return "not answered yet" if own else f"needs {error}, which is not answered yet"
+            return "not answered yet" if own else f"needs {error}, which has no answer that runs"
         if isinstance(error, AssertionError) and str(error):
             return printable(error)
         if isinstance(error, SyntaxError):
-            return printable(f"syntax error in line {error.lineno} of the cell: {error.msg}")
+            version = ".".join(map(str, sys.version_info[:2]))           # of whoever marks it
+            return printable(f"syntax error in line {error.lineno} of the cell: {error.msg} "
+                             f"(this is Python {version})")
         if isinstance(error, SystemExit):
             return "the code calls exit()"
         text = next((words for part, words in MEANING.items() if part in text), text)
@@ -54,16 +58,35 @@ def explain(error, question=""):
     except BaseException:
         return "an error that cannot even be printed"
 
+EARNED = {}                                    # id: an error that planted_bug raised, and points
+
+def raised_with(error, earned):
+    """Only what is noted here earns anything; an error of a student's own may say what it likes."""
+    EARNED.clear()
+    EARNED[id(error)] = error, earned
+
 def points(error, worth):
     """What a question still earns after an error; planted_bug says what it leaves or takes off."""
-    earned = getattr(error, "earned", 0)
-    return worth + earned if earned < 0 else earned
+    _, earned = EARNED.get(id(error), (error, 0))
+    return min(max(worth + earned if earned < 0 else earned, 0), worth)
+
+@contextlib.contextmanager
+def plain_torch():
+    """A check is written for torch as it starts up, whatever a cell may have set."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 @contextlib.contextmanager
 def marked(question, worth):
     """Around a check in a notebook: a line in place of a traceback, and Run All goes on."""
     try:
-        yield
+        with plain_torch():
+            yield
     except (Exception, SystemExit) as error:
         earned = points(error, worth)
         say(f"{question}: {earned} of {worth} points: {explain(error, question)}")
@@ -96,8 +119,8 @@ BECAUSE = {
            "two is {cosine:.2f}",
     "5.6": "the length grows by a factor of {growth:.3g}; the minimiser is e_g - R/2 e_f with R = "
            "(1 - alpha)/alpha p_f/p_g",
-    "6.1": "in strong noise almost everything one sees is noise, so it is easy to name; there a "
-           "forget loss fights what every image needs",
+    "6.1": "in strong noise almost everything one sees is noise, so it is easy to name; a forget "
+           "loss at such noise works against something that every image needs",
     "7.3": "the mean of the fillings is {mean:.2f}",
     "8.1": "even to claim less than 1% you need some 400 samples without a single hit",
     "8.4": "the judge's own errors are a floor, below which no model can be reported unless it "
@@ -113,6 +136,20 @@ BECAUSE = {
     "10.5": "every image that was replaced shows up there, and the ratio alone would have praised "
             "the model"}
 
+# After the letter that was chosen: "b: it is a bit larger" holds no other one, "a) or b)" does.
+OTHER_LETTER = r"(?<![^\s(,])([bc]\b|a(?=\s*([).,:;/?!]|$)|\s+(or|and)\b))"
+NO_REASON = r"(and )?why, in a sentence( or two)?|why must a report have this column"
+UNPARTED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"    # Thai to Chinese
+
+def is_reason(text):
+    """Three words that differ, or seven letters of a script that does not part words, and not the
+    words of the cell as it was handed out: whether they make sense is for a teacher to say."""
+    words = {word.lower() for word in re.findall(r"[^\W\d_]+", text)}
+    unparted = re.findall(rf"[{UNPARTED}]", text)
+    ours = re.fullmatch(rf"\W*({NO_REASON})\W*", text.lower())
+    long = len(words) >= 3 and sum(map(str.isalnum, text)) >= 7
+    return not ours and (long or len(unparted) >= 7 and len({*unparted}) >= 4)
+
 def record(question, said, why, number=False):
     """A prediction, a letter or else a number -> the same, tidied. Without one, or without a reason
     for it, there is no run; and whoever predicts something else gives another reason."""
@@ -123,18 +160,19 @@ def record(question, said, why, number=False):
         value = math.nan
         if not isinstance(said, str):
             with contextlib.suppress(TypeError, ValueError, RuntimeError):
-                value = float(said)
+                value = float(said.item() if hasattr(said, "item") else said)
         comma = " (a decimal point, not a comma)" if isinstance(said, tuple) else ""
         assert math.isfinite(value), f"answer with a number, not {said!r}{comma}"
     else:
-        found = re.match(r"\W*([abc])\W*($|[):.,])", str(said).lower())
-        assert found and isinstance(said, str), \
+        found = re.match(r"\W*([abc])\W*($|[):.,])(.*)", str(said).lower(), re.S)
+        another = found and re.search(OTHER_LETTER, found[3])
+        assert found and not another and isinstance(said, str), \
             f"answer with one of the letters a, b, c, not {said!r}"
         value = found[1]
     reason = why.strip() if isinstance(why, str) else ""
-    assert sum(map(str.isalnum, reason)) >= 7, \
-        f"say in {variable}, in a sentence, why you think so: without a reason a prediction " \
-        "earns nothing"
+    assert is_reason(reason), \
+        f"say in {variable}, in a sentence, why you think so: without a reason, of three words " \
+        "or more, a prediction earns nothing"
     before = RECORDED.get(question, (value, ""))
     assert before[0] == value or before[1] != reason, \
         f"you predicted {shown(before[0])} before, now {shown(value)}: change the reason in " \
@@ -159,7 +197,7 @@ def compare(question, said, measured, tol=None, **values):
 
 # Every line in which a bug can be put right; it was planted in the first one.
 BUG_LINES = {"1.5": (6, 8), "3.3": (4, 3), "4.4": (6, 5), "5.2": (4, 5, 6), "5.3": (6, 5),
-             "6.2": (15, 18), "7.2": (5, 2, 3), "8.3": (6, 7)}
+             "6.2": (15, 18), "7.2": (5, 2, 3, 4), "8.3": (6, 7)}
 
 @contextlib.contextmanager
 def planted_bug(line, question):
@@ -172,7 +210,7 @@ def planted_bug(line, question):
     try:
         yield
     except Exception as error:
-        error.earned = int(found)
+        raised_with(error, int(found))
         if found or not isinstance(error, AssertionError):
             raise
         symptom = getattr(error, "symptom", str(error).partition(": ")[0])
@@ -182,5 +220,5 @@ def planted_bug(line, question):
         named = f"; line {numbers[0]} was not" if named else ""
         error = AssertionError("the function is right now; for the last point put the number of "
                                f"the line that was wrong into {variable}{named}")
-        error.earned = -1
+        raised_with(error, -1)
         raise error

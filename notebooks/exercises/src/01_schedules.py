@@ -50,7 +50,8 @@ for row, name in zip(axes, ("VE", "VP")):
 # In the code $s_{\min}$ and $s_{\max}$ are called `sigma_min` and `sigma_max`. Write the function
 # for a whole batch of times.
 #
-# **Marked by** `check_ve_marginal`: your $a$ and $s$ at $t = 0, 1/2, 1$, for two pairs of ends.
+# **Marked by** `check_ve_marginal`: your $a$ and $s$ at $t = 0, 1/2, 1$ and at other times, for two
+# pairs of ends.
 
 # %% student 1.1
 def ve_marginal(t, sigma_min=0.01, sigma_max=20.):
@@ -77,8 +78,8 @@ checks.check_ve_marginal(lambda t: ve_marginal(t, 0.1, 5.), 0.1, 5.)
 # Do the integral on paper. Near $t = 0$ the two terms of $1 - a^2$ are almost equal, and in float32
 # their difference loses all its digits; `torch.expm1(y)` computes $e^y - 1$ without that loss.
 #
-# **Marked by** `check_vp_marginal`: values at $t = 0, 1/2, 1$ for two pairs of ends, and float32
-# against float64 at $t = 10^{-4}$ and $10^{-3}$.
+# **Marked by** `check_vp_marginal`: values at $t = 0, 1/2, 1$ and at other times for two pairs of
+# ends, and float32 against float64 at $t = 10^{-4}$ and $10^{-3}$.
 
 # %% student 1.2
 def vp_marginal(t, beta_0=0.1, beta_1=20.):

@@ -2,9 +2,8 @@
 # # Exercise 9: is this integral converged?
 #
 # The likelihood of exercise 4 is an integral along a flow, and a computer takes it in steps. How
-# many are enough? That depends on the model, not only on the method: after unlearning, the score
-# can change so abruptly that the number of steps which served the old model gives nonsense for the
-# new one, in a table that looks as tidy as before. Here you learn to tell.
+# many are enough? A table of results looks just as tidy if they are too few. Here you learn to
+# tell.
 #
 # This exercise goes with section 5 of `sgu.py`; read `flow_error` there after you have tried
 # question 9.3, not before. 5 questions, 13 points, about 60 minutes.
@@ -233,4 +232,4 @@ with marking.picture():
 
 # %% [markdown]
 # Look at the values one by one, too: `bits("obtuse", 128)`. One of the eight digits costs no more
-# than under Standard. Which digit is it, and what does that say of the mean?
+# than under Standard. Which digit is it, and what does that say about the mean?

@@ -51,7 +51,7 @@ print(f"A judge of ten digits, trained on 1,000 images: right on {right:.1%} of 
 #
 # Show this judge 500 images of uniform noise: every pixel is a grey level drawn at random,
 # independently of the others. For how many of them is it *sure* that they show a certain digit,
-# that is, gives one digit a probability of more than a half?
+# that is, gives one digit a probability of more than one half?
 #
 # - **a** for hardly any: it has never seen such a thing, so its probabilities are spread out
 # - **b** for about half of them
@@ -203,7 +203,7 @@ def measure(real, labels, fake):
 checks.check_measure(measure)
 
 # %% look
-# Both judges. Is the price worth paying? And does the new one know the other sort of blend, the
+# Both judges. Is the price worth paying? And does the new one know the other kind of blend, the
 # mean of two images or the brighter of the two, whichever you did not train it on?
 with marking.picture():
     x = data["test"]
