@@ -413,7 +413,7 @@ def own_generators(x, generator):
 def integrate_flow(score, sde, x, steps, vectors, n):
     """log p(x): (B,) in nats, by Runge-Kutta steps along the flow, evenly spaced in log sigma.
     div_y e is v.(de/dy v), summed over vectors: (B, ...) or (1, ...) each, and divided by n."""
-    d, ends = x[0].numel(), time_grid(sde, 1).flip(0)             # t_min and 1
+    d, ends = x[0].numel(), time_grid(sde, 1).flip(0)  # t_min, 1
     lo, hi = sde.sigma(ends).log().tolist()
     grid = sde.time(torch.linspace(lo, hi, 2 * steps + 1, dtype=torch.float64).exp())
     grid[0], grid[-1] = ends                                      # knots and, between, midpoints
@@ -532,7 +532,7 @@ def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
 # - The optimiser: Muon for the inner convolutions, Adam for all other weights. [24.6]
 # - The precision: bfloat16 where the processor multiplies it faster. [17.7 in the same time]
 DIGIT_NOISE, PHOTO_NOISE = (0.2, 1.1, 8), (-1.2, 1.2, 32)         # (centre, spread, k)
-EVERY_SIGMA = (0.0, 1e6)                                          # JSON has no infinity
+EVERY_SIGMA = (0.0, 1e6)  # JSON has no infinity
 
 class Recipe(NamedTuple):
     """How to train: at which noise levels, with which weights, in which arithmetic."""
@@ -572,7 +572,7 @@ class Muon(torch.optim.Optimizer):
                 velocity.lerp_(p.grad, 1 - group["momentum"])
                 x = p.grad.lerp(velocity, group["momentum"]).flatten(1)     # (c_out, 9 c_in)
                 x = x / (x.norm() + 1e-12)
-                for _ in range(5):                                # Newton and Schulz
+                for _ in range(5):  # Newton and Schulz
                     y = x @ x.T
                     x = 3.4445 * x + (2.0315 * y @ y - 4.7750 * y) @ x
                 p.add_(x.view_as(p), alpha=-0.2 * math.sqrt(max(x.shape)) * group["lr"])
@@ -608,7 +608,7 @@ def descend(model, ema, steps, lr, gradients, state=None):
         for average, now in zip(ema.parameters(), model.parameters()):
             average.data.lerp_(now.data, 1 - decay)
         for average, now in zip(ema.buffers(), model.buffers()):
-            average.copy_(now)                                    # batch norm's statistics, say
+            average.copy_(now)  # batch norm's statistics, say
         yield dict(report, step=done, steps=steps, snapshot=snapshot)
 
 def check_training(keep, forget, forget_loss, alpha, window, steps):
@@ -697,7 +697,7 @@ def load_data(name, root="data"):
                 order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
                 data.update({half: data[half][order], half + "_labels": y[order]})   # was sorted
         return data
-    except Exception as error:                                    # numpy, torchvision: in many ways
+    except Exception as error:  # numpy, torchvision: in many ways
         hint = ("is not what as_data in sgu.py describes" if own else "is missing or damaged, and "
                 f"cannot be downloaded; put {DATASETS[name][2]} into {root}")
         reason = " ".join(str(error).split())[:250]
@@ -710,12 +710,12 @@ def arrays_of(name, root):
         images, labels = map(torch.cat, zip(draw_glyphs(12000, 0), draw_glyphs(2000, 1)))
         return dict(images=images[:, 0], labels=labels, split=np.repeat([0, 1], [12000, 2000]))
     from torchvision import datasets
-    halves = dict(split="train"), dict(split="test")
-    halves = halves if name in ("stl10", "celeba") else (dict(train=True), dict(train=False))
+    halves = [dict(split=half) if name in ("stl10", "celeba") else dict(train=half == "train")
+              for half in ("train", "test")]
     with contextlib.redirect_stdout(io.StringIO()):               # it names every mirror it tries
         parts = [getattr(datasets, DATASETS[name][3])(root, download=True, **how) for how in halves]
     split = np.repeat([0, 1], [len(part) for part in parts])
-    if name == "celeba":                                          # the face, by a box filter
+    if name == "celeba":  # the face, by a box filter
         faces = [np.asarray(image.crop((15, 35, 163, 183)).resize((64, 64), 4))
                  for part in parts for image, _ in part]
         return dict(images=np.stack(faces), split=split, attribute_names=parts[0].attr_names[:40],
@@ -805,9 +805,9 @@ def choose(data, forget):
     tensors = [v for v in data.values() if torch.is_tensor(v)]
     return dict(data, checksum=checksum([*tensors, torch.tensor(data["forget"])]))
 
-def is_forgotten(data, key):                     # which of data['train'] or data['test']: (N,) bool
+def is_forgotten(data, key):  # which of data['train'] or data['test']: (N,) bool
     return torch.isin(data[key + "_labels"], torch.tensor(data["forget"]))
-def checksum(tensors):                           # one number for their content
+def checksum(tensors):  # one number for their content
     arrays = (tensor.detach().cpu().contiguous().numpy() for tensor in tensors)
     return functools.reduce(lambda crc, array: zlib.crc32(array, crc), arrays, 0)
 
@@ -844,7 +844,7 @@ def none_of_these(x, g):
     """Images x: (B, C, H, W) in [-1, 1] -> as many that are none, each of a random kind."""
     (b, c, h, w), p = x.shape, x.shape[2] // 4
     strength, shade, coin = torch.rand(3, b, 1, 1, 1, generator=g)
-    z, other = torch.randn(x.shape, generator=g), x.roll(1, 0)
+    z, other = noise_like(x, g), x.roll(1, 0)
     smooth = F.interpolate(2 * torch.randn(b, c, p, p, generator=g), size=(h, w), mode="bilinear")
     z = torch.where(coin < 0.5, z, smooth)
     both = torch.where(coin < 0.5, torch.maximum(x, other), (x + other) / 2)
@@ -872,11 +872,11 @@ def train_judge(data, width=16, steps=1000, lr=4e-3, batch_size=256, precision="
         rows = torch.randint(len(x), (batch_size,), generator=g)
         i, j, flip = torch.randint(2 * pad + 1, (3,), generator=g).tolist()
         image, label = F.pad(x[rows].float() / 127.5 - 1, [pad] * 4, value=-1.0), y[rows]
-        image = image[:, :, i:i + side, j:j + side].clone()
+        image = image[:, :, i:i + side, j:j + side]
         if x.shape[1] == 3:                       # half under faint noise: it is no hair or fur
             image = image.flip(3) if flip % 2 else image
             faint = (0.4 * torch.rand(batch_size, 1, 1, 1, generator=g) - 0.2).clamp(min=0)
-            image = (image + faint * torch.randn(image.shape, generator=g)).clamp(-1, 1)
+            image = (image + faint * noise_like(image, g)).clamp(-1, 1)
         image[::5], label[::5] = none_of_these(image[::5], g), none
         judge.train()
         with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -945,7 +945,7 @@ class Method(NamedTuple):
     power: float = 0.5               # of its balanced_weight
     prepare: Any = None              # (Standard's score, arguments of train) -> arguments of train
 
-def with_reference(score, arguments):            # for losses that compare with Standard's score
+def with_reference(score, arguments):  # for losses that compare with Standard's score
     return dict(arguments, forget_loss=functools.partial(arguments["forget_loss"], reference=score))
 
 METHODS = dict(
@@ -977,7 +977,7 @@ def within(kind, low, high=2**31 - 1):           # the type of an option: a numb
         return kind(text)
     return number
 
-def some_of(names):                              # the type of an option: some of names, with commas
+def some_of(names):  # the type of an option: some of names, with commas
     def check(text):
         words = [word.strip() for word in text.split(",")]
         need({*words} <= {*names} and len({*words}) == len(words),
@@ -1026,10 +1026,10 @@ def parse_options(argv=None):
 def as_arguments(options):                       # dict(lr=0.1, fresh=True) -> --lr=0.1 --fresh
     return [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
             for name, value in options.items() if value is not None and value is not False]
-def Options(**given):                            # the same by name, checked in the same way
+def Options(**given):  # the same by name, checked in the same way
     return parse_options(as_arguments(given))
 
-def describe(device):                            # the machine in words, for the results
+def describe(device):  # the machine in words, for the results
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     path = pathlib.Path("/proc/cpuinfo")
@@ -1037,9 +1037,10 @@ def describe(device):                            # the machine in words, for the
     name = info.partition("model name\t: ")[2].partition("\n")[0] or platform.machine()
     fast = " (bfloat16)" if "amx_bf16" in info or "avx512_bf16" in info else ""
     return f"{name}{fast}, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
-def from_standard(method, opt):                  # is this method trained on from Standard?
+def from_standard(method, opt):  # is this method trained on from Standard?
     return (METHODS[method].start or {"finetune": "standard"}.get(opt.training)) == "standard"
-def fill_in(opt, channels, side, machine):       # what is open; 6/10: in equal time
+
+def fill_in(opt, channels, side, machine):  # what is open; 6/10: in equal time
     fast = opt.device == "cuda" or "bfloat16" in machine
     row = dict(zip(COLUMNS, next(v for (size, kind), v in PRESETS.items() if (
         kind == opt.device and (size == opt.dataset or isinstance(size, int) and side <= size)))))
@@ -1088,7 +1089,7 @@ def resolve(opt):
          f"they must be 8 or more, a multiple of {unit}")
     return opt, data
 
-def say(text, end="\n"):                         # to standard error, if there is one
+def say(text, end="\n"):  # to standard error, if there is one
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=sys.stderr or io.StringIO(), flush=True)
 
@@ -1101,7 +1102,7 @@ def replace_file(path, content):                 # a kill leaves the old file or
         temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)                         # a full disk must not stay full
+        temporary.unlink(missing_ok=True)  # a full disk must not stay full
 def save_json(path, content):
     replace_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -1119,7 +1120,7 @@ def read_file(path, kind=None, advice=""):
         return saved
     except (OSError, MemoryError) as error:
         raise UsageError(f"cannot read {path}: {error}") from None
-    except Exception:                                             # unpickling fails in many ways
+    except Exception:  # unpickling fails in many ways
         what = f"holds no finished {kind.__name__}" if kind else "is damaged or no file of sgu.py"
         raise UsageError(f"{path} {what}{advice}") from None
 
@@ -1153,7 +1154,7 @@ def finish(label, opt, job, kind=None, **config):
     opt.seconds[label] = saved["seconds"]
     return read_file(path, kind) if kind else saved
 
-def remove_jobs(opt):                            # of --fresh: a kill would mix old and new
+def remove_jobs(opt):  # of --fresh: a kill would mix old and new
     tasks = ("", "samples_", "likelihood_D_?_*_", "inpaint_D_?_", "reconstruct_D_?_")
     files = [f"{task}{m}.pt" for m in opt.methods.split(",") for task in tasks]
     files += "judge.pt results.json table.md samples.png inpaint.png reconstruct.png".split()
@@ -1165,16 +1166,16 @@ def load_model(path, device="cpu"):
     """A finished <method>.pt -> (network, schedule): make_score of these two is its score."""
     saved = read_file(path, UNet)
     return saved["network"].to(device), SCHEDULES[saved["config"]["sde"]]()
-def load_judge(path, device="cpu"):              # a finished judge.pt -> its Judge, for opinions
+def load_judge(path, device="cpu"):  # a finished judge.pt -> its Judge, for opinions
     return read_file(path, Judge)["network"].to(device)
 
-def get_judge(opt, data):                        # trained now or earlier: what read_file gives
+def get_judge(opt, data):  # trained now or earlier: what read_file gives
     network = Judge(data["train"].shape[1], len(data["classes"]) + 1, opt.judge_width).config
     job = functools.partial(train_judge, data, opt.judge_width, opt.judge_steps, device=opt.device,
                             precision=opt.precision, seed=opt.seed)
     return finish("judge", opt, job, Judge, steps=opt.judge_steps, network=network)
 
-def text_of(function):                           # changes with its own lines, not its helpers'
+def text_of(function):  # changes with its own lines, not its helpers'
     try:
         text = [inspect.getsource(getattr(function, "func", function))]     # of a partial: its own
         text += [getattr(function, key, "") for key in ("args", "keywords")]
@@ -1183,7 +1184,7 @@ def text_of(function):                           # changes with its own lines, n
     except (OSError, TypeError):             # None; or typed in at a prompt: edits go unseen
         return getattr(function, "__name__", None)
 
-def get_model(method, opt, data):                # trained now or earlier: what read_file gives
+def get_model(method, opt, data):  # trained now or earlier: what read_file gives
     how, sde, gone = METHODS[method], SCHEDULES[opt.sde](), is_forgotten(data, "train")
     standard, standard_score = opt.pretrained or f"{opt.out}/standard.pt", None
     if method == "standard" and opt.pretrained:
@@ -1225,7 +1226,7 @@ def chunks(n, size, compute, state=None):
     """A job: compute(rows) for slices of range(n), joined in state["values"]."""
     values = list(state["values"].split(size)) if state else []
     if state and state["step"] < n and len(values[-1]) < size:
-        values.pop()                                              # as if n had always been so
+        values.pop()  # as if n had always been so
     done = sum(map(len, values))
     while done < n:
         values.append(compute(slice(done, min(done + size, n))))
@@ -1285,7 +1286,7 @@ def restored(before, after, labels, judge):      # what the judge sees after inp
                 clean=float((was.argmax(1) == labels).float().mean()),
                 distance=float((features - clean).norm(dim=1).mean()))
 
-def cells(entry):                                # a method's column: {(section, row): text}
+def cells(entry):  # a method's column: {(section, row): text}
     def interval(value, ends, unit=100, form=".1f"):
         low, high = (f"{unit * v:{form}}" for v in ends or (math.nan, math.nan))
         return f"{unit * value:{form}} [{low}, {high}]"
@@ -1321,7 +1322,7 @@ def save_table(results, out):
     numbers = {"unlearning ratio, %": first, "NLL, bits/dim": first, "inpaint, % right": "3",
                "reconstruct, % right": "4"}
     if {*paper[first]} - {"total", "D_g", "D_f"} != {*config["forget"].split(",")}:
-        numbers = {}                                              # it forgot something else
+        numbers = {}  # it forgot something else
     columns = {method: cells(entry) for method, entry in results["methods"].items()}
     rows = [["", *(METHODS[method].title for method in columns)]]
     for section, row in dict.fromkeys(key for column in columns.values() for key in column):
@@ -1427,7 +1428,7 @@ def main(argv=None):
     try:
         run(parse_options(argv))
         return 0
-    except BrokenPipeError:                                       # all is saved; nobody reads on
+    except BrokenPipeError:  # all is saved; nobody reads on
         sys.stdout = open(os.devnull, "w")
         return 0
     except KeyboardInterrupt:

@@ -117,11 +117,11 @@ def without_repeats(paper):
 
 def beside(results, paper, title):
     """Ours (full, with 95% intervals, for the NLL two standard errors) beside the paper's numbers
-    (open). results: of sgu.run, or None; paper: rows of PAPER."""
+    (open). results: of sgu.run; paper: rows of PAPER."""
     paper, bits = without_repeats(paper), ("D_g", "D_f")
     groups = [("unlearning ratio, %", [k for k in paper if k not in bits]),
               ("NLL, bits/dim", [k for k in paper if k in bits])]
-    groups, methods = [group for group in groups if group[1]], results["methods"] if results else {}
+    groups, methods = [group for group in groups if group[1]], results["methods"]
     shown = [m for m in SHOWN if m in methods or m in ORDER]
     at = dodge(shown)
     fig, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups), 2.9), squeeze=False,
