@@ -28,6 +28,14 @@ def table(head, rows):
     say(table_text(head, rows))
 
 
+def read_with(name, other, **methods):
+    """A results file whose methods also have some of another: read_with("a", "b", unseen="standard")
+    adds what b calls standard as unseen."""
+    results, more = read(name), read(other)["methods"]
+    results["methods"].update({ours: more[theirs] for ours, theirs in methods.items()})
+    return results
+
+
 def percent(k, n):
     """k of n in per cent with its 95% interval, for a table."""
     return interval(k / n, sgu.wilson(k, n))
