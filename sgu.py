@@ -3,25 +3,17 @@
     python sgu.py                                    digits drawn from fonts, nothing to download
     python sgu.py --dataset mnist --forget 3,7       the paper's first experiment (--help: options)
 
-Part one is the method of the paper "Unlearning is better than unseen": 1 schedules, 2 network,
-3 losses, 4 samplers, 5 likelihood, 6 inpainting, 7 training; part two the experiment: 8 data,
-9 judge, 10 the command.
+Sections 1 to 7 are the method of the paper "Unlearning is better than unseen", 8 to 10 try it out.
 
-    D, D_g, D_f   all images; those to keep (the paper's SFG); those to forget (NSFG)
-    p_g, p_f      the densities of D_g and D_f
+    D, D_g, D_f   all images; those to keep, of density p_g (the paper's SFG); those to forget, p_f
     Standard      the model trained on D: it draws everything
     Unseen        trained on D_g alone, as if D_f had never been collected: the yardstick
-    SGU           trained, from nothing or on from Standard, with two losses at once: the usual one
-                  on D_g (keep) and one on D_f that spoils the score there (forget)
-    x_t           a(t) x0 + s(t) z, z ~ N(0, I), t in [0, 1]: p(x_t | x0) = N(a x0, s^2 I)
-    sigma         s/a, the noise level of the image x_t/a
+    SGU           trained by two losses: keep, the usual one, on D_g; forget, to spoil it, on D_f
+    x_t           a(t) x0 + s(t) z, z ~ N(0, I), t in [0, 1]; its noise level is sigma = s/a
     score         grad_x log p_t(x). Any function score(x, t) of x: (B, ...) and t: (B,) will do
-    e, u          the noise that a score predicts, e = -s score(x_t, t), whose target is z; and the
-                  target of the score itself, u = -z/s
+    e, u          e = -s score(x_t, t), what a score says z is; u = -z/s, the target of the score
     e_g, e_f      e after perfect training on D_g or D_f alone: E[z | x_t] under p_g or p_f
-    B, D          images in a batch; in a formula D is the number of pixels (dimensions)
-    e.z           the inner product over all pixels; losses divide it by D, so that they mean the
-                  same for 2 and for 12,288 dimensions
+    B, D          images in a batch; in a formula D is the number of pixels, over which e.z sums
 """
 import argparse, contextlib, copy, functools, inspect, io, json, math, os, pathlib, platform, re
 import shlex, sys, time, zlib
@@ -44,8 +36,7 @@ def per_sample(v, x):                                             # (B,) -> (B, 
 # f = -beta(t) x / 2 is linear in x, so x_t = a x0 + s z with a' = -beta a / 2 and d(s^2)/dt =
 # -beta s^2 + g^2. The noise level sigma = s/a is the clock that all schedules share.
 class Schedule:
-    """A schedule defines marginal(t) -> a, s; diffusion(t) -> g; time(sigma) -> t; and, unless a is
-    1, beta(t) with a' = -beta a/2, all for t of any shape. a(1) and s(t_min) stay above 0."""
+    """Defines marginal(t) -> a, s; diffusion(t) -> g; time(sigma) -> t; beta(t) unless a is 1."""
     t_min = 0.0                                # the smallest t that training and samplers visit
     def beta(self, t):
         return torch.zeros_like(t)
@@ -130,13 +121,13 @@ class DDPM(VP):
 SCHEDULES = dict(ve=VE, vp=VP, ddpm=DDPM)
 
 # ==== 2. The network: a small U-Net, and the score made from it ===================================
+conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 class Block(nn.Module):
     """Residual block: two 3x3 convolutions; the noise level scales and shifts between them."""
     def __init__(self, c, c_emb):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(1, c), nn.GroupNorm(1, c)     # more groups: slower
-        self.conv1 = nn.Conv2d(c, c, 3, padding=1)
-        self.conv2 = nn.Conv2d(c, c, 3, padding=1, bias=False)
+        self.conv1, self.conv2 = conv3(c, c), conv3(c, c, bias=False)
         self.film = nn.Linear(c_emb, 2 * c)
         nn.init.zeros_(self.conv2.weight)                         # it starts as the identity
     def forward(self, x, emb):                                    # (B, c, h, w), (B, c_emb)
@@ -145,9 +136,8 @@ class Block(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
 class UNet(nn.Module):
-    """Images (B, C, H, W), log(sigma)/4 (B,), not t itself -> (B, C, H, W). channels: a width
-    per level; blocks: how many a level, one number or a list; patch x patch pixels are folded into
-    channels first (2: a quarter of the cost). H, W: multiples of patch * 2^(levels - 1)."""
+    """Images (B, C, H, W), log(sigma)/4 (B,) -> (B, C, H, W). channels, blocks: of every level;
+    patch x patch pixels become channels first. H, W: multiples of patch * 2^(levels - 1)."""
     def __init__(self, image_channels=1, channels=(32, 64), blocks=1, patch=2, data_std=0.5):
         super().__init__()
         blocks = [blocks] * len(channels) if isinstance(blocks, int) else list(blocks)
@@ -158,14 +148,14 @@ class UNet(nn.Module):
         row = lambda c, n: nn.ModuleList([Block(c, c_emb) for _ in range(n)])
         self.register_buffer("freqs", torch.linspace(0, math.log(30), 16).exp())
         self.embed = nn.Sequential(nn.Linear(32, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.first = nn.Conv2d(pixels, channels[0], 3, padding=1)
+        self.first = conv3(pixels, channels[0])
         self.down = nn.ModuleList([row(c, n) for c, n in zip(channels, blocks)])
-        self.shrink = nn.ModuleList([nn.Conv2d(c, d, 3, stride=2, padding=1) for c, d in pairs])
+        self.shrink = nn.ModuleList([conv3(c, d, stride=2) for c, d in pairs])
         self.middle = row(channels[-1], 2)
-        self.grow = nn.ModuleList([nn.Conv2d(d, c, 3, padding=1) for c, d in pairs])
+        self.grow = nn.ModuleList([conv3(d, c) for c, d in pairs])
         self.up = nn.ModuleList([row(c, n) for c, n in zip(channels, blocks)])
         self.norm = nn.GroupNorm(math.gcd(8, channels[0]), channels[0])
-        self.last = nn.Conv2d(channels[0], pixels, 3, padding=1, bias=False)
+        self.last = conv3(channels[0], pixels, bias=False)
         nn.init.zeros_(self.last.weight)
         self.to(memory_format=torch.channels_last)
     def forward(self, x, level):                                  # (B, C, H, W), (B,)
@@ -189,14 +179,13 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.last(F.silu(self.norm(h))), self.patch)
 
 def make_score(model, sde, data_std=None, precision="float32"):
-    """The function score(x, t) = -e/s of a network F = model(input, log(sigma)/4).
-    y = x/a = x0 + sigma z has the standard deviation total = sqrt(sigma^2 + data_std^2), and
-        denoised = (data_std/total)^2 y + (sigma data_std/total) F(y/total, log(sigma)/4)
-    gives F inputs and targets of unit variance at every noise level (Karras et al. 2022, Table 1).
-    The bracket is e = (y - denoised)/sigma. data_std: as in training (None: model's or 0.5)."""
+    """The function score(x, t) = -e/s of a network F = model(input, log(sigma)/4). Let y = x/a,
+    of standard deviation total = sqrt(sigma^2 + data_std^2), and e = (y - denoised)/sigma, where
+        denoised = (data_std/total)^2 y + (sigma data_std/total) F(y/total, log(sigma)/4):
+    F's inputs and targets have unit variance at every noise level (Karras et al. 2022, Table 1)."""
     std = getattr(model, "data_std", 0.5) if data_std is None else data_std
     need(precision in ("float32", "bfloat16"), f"precision is float32 or bfloat16, not {precision}")
-    need(0 < std < math.inf, f"data_std must be positive, not {std}")
+    need(std > 0, f"data_std must be positive, not {std}")
     def score(x, t):
         a, s = (per_sample(v, x) for v in sde.marginal(t))
         sigma = s / a
@@ -219,16 +208,6 @@ def make_score(model, sde, data_std=None, precision="float32"):
 # Signs: score.u = e.z/s^2, so descending e.z turns the score away from where D_f lies. The network
 # sees x_t, not z, so Orthogonal takes from e what is along e_f, the mean z; e_g points nearly the
 # same way, so little is left. Obtuse and Relative, linear in e, have no minimum without keeping.
-#
-# The weight w(t) of a loss (weighting=):
-#    'noise'      1, on the formulas above: no noise level drowns the others
-#    'paper'      lambda(t) = s^2 on formulas in score units: 1 on these, and 1/s^2 for Eq. 9, whose
-#                 product is squared. For a DDPM the variational weight of Eq. 12, beta_k /
-#                 (2 (1 - beta_k) (1 - abar_k)) with abar_k = a^2, sigma_k^2 = beta_k, on every loss
-#    a function   of t: (B,) -> (B,). balanced_weight is (total/data_std)^(2 power), as F enters e
-#                 with the factor data_std/total (make_score): gradients of F are then equally large
-#                 at every noise level. e - z and z - e_ref shrink by that factor too: power 1 for
-#                 their losses; e.z does not, squared or not: power 1/2
 
 def predict_noise(score, sde, x0, t, z, generator):
     """Noise x0: (B, ...) and let score say what the noise was -> t: (B,), e and z: (B, D).
@@ -244,7 +223,9 @@ def predict_noise(score, sde, x0, t, z, generator):
     return t, e.flatten(1), z.flatten(1)
 
 def loss_weight(sde, t, weighting, power=0):
-    """The weight (B,) of the table above. 'paper' is 1/s^power; a DDPM's is its own."""
+    """w(t): (B,). 'noise': 1, and no noise level drowns another. 'paper': lambda(t) = s^2 on losses
+    in score units, so 1 on those above, 1/s^2 (power 2) on Eq. 9, which is squared, and for a DDPM
+    Eq. 12's variational weight with sigma_k^2 = beta_k. Or a function of t: (B,) -> (B,)."""
     if callable(weighting):
         return weighting(t)
     need(weighting in ("noise", "paper"), f"weighting: noise, paper or a function, not {weighting}")
@@ -254,7 +235,9 @@ def loss_weight(sde, t, weighting, power=0):
         return beta / (2 * (1 - beta) * s ** 2)
     return s ** -power if weighting == "paper" else torch.ones_like(t)
 
-def balanced_weight(sde, data_std=0.5, power=1.0):                # a function of t: (B,) -> (B,)
+def balanced_weight(sde, data_std=0.5, power=1.0):
+    """t -> (total/data_std)^(2 power): F's gradients become equally large at every t, though e has
+    F times data_std/total (make_score): power 1/2 for e.z, 1 if e - z or z - e_ref shrinks too."""
     return lambda t: (1 + (sde.sigma(t) / data_std) ** 2) ** power
 
 def score_matching_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
@@ -269,23 +252,19 @@ def orthogonal_loss(score, sde, x0, t=None, z=None, weighting="noise", generator
     return (loss_weight(sde, t, weighting, power=2) * (e * z).mean(1).square()).mean()
 
 def obtuse_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
-    """Eq. 10, 14: e.z / D = s^2 score.u / D, the batch's mean. x0: (B, ...) of D_f -> scalar.
-    It makes the angle of score and u obtuse, without bound: the keep loss and few steps hold it."""
+    """Eq. 10, 14: e.z / D = s^2 score.u / D, the batch's mean. x0: (B, ...) of D_f -> scalar."""
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
     return (loss_weight(sde, t, weighting) * (e * z).mean(1)).mean()
 
 def relative_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None, *, reference):
-    """Ours: obtuse relative to a frozen score, e.(z - e_ref) / D. x0: (B, ...) of D_f -> scalar.
-    reference: Standard's score, and e_ref its e. On average descending moves e by e_ref - e_f: not
-    at all where D_f and D call for the same noise, nor where p_f prevails: e_ref is near e_f. With
-    the keep loss its optimum is therefore bounded, and guided away from D_f without a classifier:
-        score_g + k grad log P(g | x_t),   k = (1 - alpha) w_f q_f |D_g| / (2 alpha w_g q_g |D_f|)
-    with P(g | x_t) the probability that x_t came from D_g (cf. ESD, Gandikota et al. 2023)."""
+    """Ours: e.(z - e_ref) / D, obtuse relative to Standard's score, the frozen reference. x0: (B,
+    ...) of D_f -> scalar. It rests where D_f and D call for the same noise, so with the keep loss
+    its optimum is bounded, and guided without a classifier (cf. ESD, Gandikota et al. 2023):
+    score_g + k grad log P(D_g | x_t),  k = (1 - alpha) w_f q_f |D_g| / (2 alpha w_g q_g |D_f|)."""
     t, e, z = predict_noise(score, sde, x0, t, z, generator)
     with torch.no_grad():
         e_ref = predict_noise(reference, sde, x0, t, z.view_as(x0), generator)[1]
     return (loss_weight(sde, t, weighting) * (e * (z - e_ref)).mean(1)).mean()
-
 def sgu_loss(keep_loss, forget_loss, alpha):                      # Eq. 11, of two loss values
     return alpha * keep_loss + (1 - alpha) * forget_loss
 
@@ -297,7 +276,7 @@ def time_grid(sde, steps, t_max=1.0, rho=7):
     need(steps >= 1, f"steps must be at least 1, not {steps}")
     ends = torch.tensor([t_max, sde.t_min], dtype=torch.float64)
     first, last = sde.sigma(ends) ** (1 / rho)
-    need(0 < float(last) < float(first) < 1e3, "sigma must grow with t, from above 0 to a number")
+    need(0 < last < first < 1e3, "sigma must grow with t, from above 0 to a number")
     even = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     t = sde.time((first + (last - first) * even) ** rho)
     t[0], t[-1] = ends                                            # without rounding
@@ -307,7 +286,6 @@ def score_at(score, x, t):                                        # at one t for
     return score(x, torch.full((len(x),), float(t), dtype=x.dtype, device=x.device))
 def noise_like(x, generator):                                     # z ~ N(0, I) of the shape of x
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-
 def denoise(score, sde, x, t):
     """E[x0 | x_t] = (x + s^2 score)/a (Tweedie): the mean image behind x: (B, ...) at time t."""
     a, s = sde.at(t)
@@ -317,7 +295,6 @@ def reverse_step(score, sde, x, t, t_next, generator):            # Euler-Maruya
     dt, g = float(t - t_next), float(sde.diffusion(t))
     drift = sde.drift(x, t.reshape(1).to(x)) - g ** 2 * score_at(score, x, t)
     return x - drift * dt + g * math.sqrt(dt) * noise_like(x, generator)
-
 def langevin_step(score, sde, x, t, snr, generator):              # a corrector: p_t nearly stays
     eps = 2 * (snr * sde.at(t)[1]) ** 2       # not 2 (snr |z|/|score|)^2: unlearned scores reach 0
     return x + eps * score_at(score, x, t) + math.sqrt(2 * eps) * noise_like(x, generator)
@@ -331,15 +308,13 @@ def move(mean, sde, x, t, t_next, generator, noisy=True):
         return a_next * (mean + r * (x / a - mean))
     z = noise_like(x, generator)
     return a_next * (mean + r ** 2 * (x / a - mean)) + s_next * math.sqrt(1 - r ** 2) * z
-
 def ancestral_step(score, sde, x, t, t_next, generator):
-    """One step of DDPM's own sampler, for every schedule. After a step of any length x has the
-    noise of t_next; Euler-Maruyama leaves more, and the more, the longer its steps are."""
+    """DDPM's own, for every schedule. Unlike Euler-Maruyama's it leaves no excess noise if long."""
     return move(denoise(score, sde, x, t), sde, x, t, t_next, generator)
 
 def multistep(noisy):
     """A new step for one walk: it extrapolates the mean image from its last two to half way, h/2
-    further in log sigma. Second order at the same price (DPM-Solver++(2M), Lu et al. 2022)."""
+    further in log sigma: second order at the same price (DPM-Solver++(2M), Lu et al. 2022)."""
     last = {}
     def step(score, sde, x, t, t_next, generator):
         mean, h = denoise(score, sde, x, t), float((sde.sigma(t) / sde.sigma(t_next)).log())
@@ -354,45 +329,32 @@ def walk(step, score, sde, x, grid, generator):
     for t, t_next in zip(grid, grid[1:]):
         x = step(score, sde, x, t, t_next, generator)
     return denoise(score, sde, x, grid[-1])
+def draw(step, score, sde, shape, grid, generator, device):       # a walk that starts from noise
+    return walk(step, score, sde, sde.prior_sample(shape, generator, device), grid, generator)
 
 def euler_maruyama(score, sde, shape, steps=120, generator=None, device=None):
-    """Samples of Eq. 4. shape: (B, ...) -> x: (B, ...), images near [-1, 1]; steps + 1 evaluations
-    of the score. The fewer the steps, the further they overshoot."""
-    x = sde.prior_sample(shape, generator, device)
-    return walk(reverse_step, score, sde, x, time_grid(sde, steps), generator)
+    """Samples of Eq. 4: (B, ...) = shape, images near [-1, 1]. Few steps overshoot."""
+    return draw(reverse_step, score, sde, shape, time_grid(sde, steps), generator, device)
 
-def predictor_corrector(score, sde, shape, steps=100, snr=0.16, corrector_steps=1, generator=None,
-                        device=None):
+def predictor_corrector(score, sde, shape, steps=100, snr=0.16, generator=None, device=None):
     """Euler-Maruyama, each step followed by Langevin's at its end (Song et al. 2021)."""
     def step(score, sde, x, t, t_next, generator):
         x = reverse_step(score, sde, x, t, t_next, generator)
-        for _ in range(corrector_steps):
-            x = langevin_step(score, sde, x, t_next, snr, generator)
-        return x
-    x = sde.prior_sample(shape, generator, device)
-    return walk(step, score, sde, x, time_grid(sde, steps), generator)
+        return langevin_step(score, sde, x, t_next, snr, generator)
+    return draw(step, score, sde, shape, time_grid(sde, steps), generator, device)
 
 def ancestral_sample(score, sde, shape, steps=None, generator=None, device=None):
-    """Samples by ancestral_step: 100 steps (None), or a DDPM's whole chain; fewer are spread evenly
-    over it. The chain's last step, to s = 0, is the mean image. ValueError for more than it has."""
-    n = getattr(sde, "n_steps", 100)
-    steps = n if steps is None else steps
-    grid = time_grid(sde, steps)
+    """steps=None: 100, or a DDPM's whole chain, whose last step, to s = 0, is the mean image."""
+    n = steps or getattr(sde, "n_steps", 100)
+    grid = time_grid(sde, n)
     if isinstance(sde, DDPM):
-        need(steps <= n, f"ancestral steps must be in 1..{n}, not {steps}")
-        grid = torch.linspace(n, 0, steps + 1, dtype=torch.float64).round()[:-1] / n
-    x = sde.prior_sample(shape, generator, device)
-    return walk(ancestral_step, score, sde, x, grid, generator)
+        grid = torch.linspace(sde.n_steps, 0, n + 1, dtype=torch.float64).round()[:-1] / sde.n_steps
+    return draw(ancestral_step, score, sde, shape, grid, generator, device)
 
 def multistep_sample(score, sde, shape, steps=20, generator=None, device=None, noisy=True):
-    """Samples by multistep; noisy=False: of the probability flow (section 5)."""
-    x = sde.prior_sample(shape, generator, device)
-    return walk(multistep(noisy), score, sde, x, time_grid(sde, steps), generator)
-
+    return draw(multistep(noisy), score, sde, shape, time_grid(sde, steps), generator, device)
 def ode_sample(score, sde, shape, steps=18, generator=None, device=None):
-    """Samples of the probability flow (section 5): random is only where it starts."""
     return multistep_sample(score, sde, shape, steps, generator, device, noisy=False)
-
 SAMPLERS = dict(em=euler_maruyama, pc=predictor_corrector, ancestral=ancestral_sample,
                 multistep=multistep_sample, ode=ode_sample)
 
@@ -402,9 +364,8 @@ SAMPLERS = dict(em=euler_maruyama, pc=predictor_corrector, ancestral=ancestral_s
 # l = log sigma it is smooth: some 32 steps of Runge-Kutta do (more for an unlearned network).
 #     dw/dl = b (e - b w),   div_w (dw/dl) = sigma div_y e - D b^2,   b = sigma/c
 # div_y e is the mean of v.(de/dy v), a vector-Jacobian product, over random signs v (Hutchinson).
-# They are seeded by one draw from generator and by the image: no other image of the batch counts.
 def own_generators(x, generator):
-    """One CPU generator per sample of x: (B, ...), seeded by it and by one draw from generator."""
+    """A CPU generator per sample of x: (B, ...), seeded by it and one draw, not by its batch."""
     device = generator.device if generator else None
     seed = int(torch.randint(2 ** 62, (1,), generator=generator, device=device))
     rows = x.detach().cpu().float().numpy()
@@ -413,7 +374,7 @@ def own_generators(x, generator):
 def integrate_flow(score, sde, x, steps, vectors, n):
     """log p(x): (B,) in nats, by Runge-Kutta steps along the flow, evenly spaced in log sigma.
     div_y e is v.(de/dy v), summed over vectors: (B, ...) or (1, ...) each, and divided by n."""
-    d, ends = x[0].numel(), time_grid(sde, 1).flip(0)  # t_min, 1
+    d, ends = x[0].numel(), time_grid(sde, 1).flip(0)             # t_min, 1
     lo, hi = sde.sigma(ends).log().tolist()
     grid = sde.time(torch.linspace(lo, hi, 2 * steps + 1, dtype=torch.float64).exp())
     grid[0], grid[-1] = ends                                      # knots and, between, midpoints
@@ -422,11 +383,8 @@ def integrate_flow(score, sde, x, steps, vectors, n):
         sigma, c = s / a, math.hypot(1, s / a)
         y, b = (c * w).detach().requires_grad_(), sigma / c
         e = -s * score_at(score, a * y, grid[i])
-        need(e.requires_grad, "a likelihood needs a score that is differentiable in x")
-        divergence = 0
-        for v in vectors:
-            product, = torch.autograd.grad((e * v).sum(), y, retain_graph=True)     # v (de/dy)
-            divergence = divergence + (product * v).flatten(1).sum(1).double() / n
+        vjps = (torch.autograd.grad((e * v).sum(), y, retain_graph=True)[0] * v for v in vectors)
+        divergence = sum(vjp.flatten(1).sum(1).double() / n for vjp in vjps)
         return b * (e.detach() - b * w), sigma * divergence - d * b ** 2
     first, last = (math.hypot(*sde.at(t)) for t in ends)          # a c, hence x = a c w
     w, log_p, h = x / first, 0.0, (hi - lo) / steps
@@ -439,49 +397,43 @@ def integrate_flow(score, sde, x, steps, vectors, n):
         log_p = log_p + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
     return log_p + sde.prior_log_prob(last * w) + d * math.log(last / first)
 
+@torch.inference_mode(False)                                      # it ends no_grad, too
 def log_likelihood(score, sde, x, steps=32, probes=1, exact=False, generator=None, error=False):
-    """log p(x) of x: (B, ...), strictly log p_t at t = sde.t_min (VE: about one level of 256) ->
-    (B,) in nats, float64. 4 * steps scores, each with its gradients. probes: signs per image, whose
-    spread is part of every single value; exact: D unit vectors instead. error: -> (log p, the error
-    of the integration, not of signs, judged by half the steps). Raises ValueError for NaN in x."""
+    """log p(x) of x: (B, ...), strictly log p_t at t = sde.t_min -> (B,) in nats, float64. probes:
+    random signs per image, whose spread is part of every value; exact: D unit vectors instead.
+    error: -> (log p, the error of its integration, judged by half the steps)."""
     need(steps > error and probes >= 1, "steps and probes start at 1, with an error steps at 2")
     need(x.is_floating_point() and x.isfinite().all(), "a likelihood needs finite floats, no NaN")
-    with torch.inference_mode(False):            # it ends no_grad, too
-        x, draws = x.detach().clone(), own_generators(x, generator)
-        signs = [torch.randint(2, (probes, *x.shape[1:]), generator=g) for g in draws]
-        vectors, n = (2 * torch.stack(signs, dim=1) - 1).to(x), probes      # (probes, B, ...)
-        if exact:
-            vectors, n = torch.eye(x[0].numel()).to(x).view(-1, 1, *x.shape[1:]), 1
-        log_p = integrate_flow(score, sde, x, steps, vectors, n)
-        half = integrate_flow(score, sde, x, steps // 2, vectors, n) if error else None
-    return (log_p, flow_error(log_p, half)) if error else log_p
-
-def flow_error(fine, coarse):
-    """The error of fine, estimated from coarse, of half as many steps: it is 1/15 of the difference
-    where steps are short, and half of it or more where they are too long. An eighth is between."""
+    x, draws = x.detach().clone(), own_generators(x, generator)
+    signs = [torch.randint(2, (probes, *x.shape[1:]), generator=g) for g in draws]
+    vectors, n = (2 * torch.stack(signs, dim=1) - 1).to(x), probes          # (probes, B, ...)
+    if exact:
+        vectors, n = torch.eye(x[0].numel()).to(x).view(-1, 1, *x.shape[1:]), 1
+    log_p = integrate_flow(score, sde, x, steps, vectors, n)
+    if error:
+        return log_p, flow_error(log_p, integrate_flow(score, sde, x, steps // 2, vectors, n))
+    return log_p
+def flow_error(fine, coarse):   # of half the steps: 1/15 of the gap if they are short, 1/2 if long
     return (fine - coarse).abs() / 8
 
-def to_levels(x):
-    """Images, clamped to [-1, 1] -> their 8-bit levels 0..255, uint8 on the CPU."""
+def to_levels(x):                                # clamped to [-1, 1] -> levels 0..255, on the CPU
     need(x.is_floating_point(), f"to_levels needs images in [-1, 1], not {x.dtype}")
     need(not x.isnan().any(), "NaN images: train with a lower --lr", FloatingPointError)
     return ((x.clamp(-1, 1) + 1) * 128).floor().clamp(max=255).to(torch.uint8).cpu()
 def from_levels(x, u=0.5):                       # uint8 -> in [-1, 1]: the middle of the cell, or u
     return (x + u) / 128 - 1
 def dequantise(levels, generator=None):                           # uint8 -> anywhere in the cell
-    jitter = torch.rand(levels.shape, generator=generator, device=levels.device)
-    return from_levels(levels, jitter)
+    return from_levels(levels, torch.rand(levels.shape, generator=generator, device=levels.device))
 
-def bits_per_dim(score, sde, x, steps=32, probes=1, exact=False, generator=None, error=False):
+def bits_per_dim(score, sde, x, steps=32, probes=1, exact=False, generator=None):
     """-log2 p/D of 8-bit images, dequantised, in bits/dim. x: (B, C, H, W) in [-1, 1] -> (B,).
-    Divided by 128 per pixel a density over [-1, 1] is one over levels: hence + 7 (for [0, 1] + 8).
-    Arguments as in log_likelihood. Raises ValueError for NaN and x outside [-1, 1]."""
+    A density over [-1, 1] is 128 times that over levels, per pixel: hence + 7 (for [0, 1] + 8)."""
     need(float(x.abs().max()) <= 1, "bits/dim need images in [-1, 1], without NaN")
-    levels, unit = to_levels(x).to(x.device), x[0].numel() * math.log(2)
+    levels = to_levels(x).to(x.device)
     u = [torch.rand(x.shape[1:], generator=g) for g in own_generators(levels, generator)]
     y = from_levels(levels, torch.stack(u).to(x))
-    nats = log_likelihood(score, sde, y, steps, probes, exact, generator, error)
-    return (7 - nats[0] / unit, nats[1] / unit) if error else 7 - nats / unit
+    nats = log_likelihood(score, sde, y, steps, probes, exact, generator)
+    return 7 - nats / (x[0].numel() * math.log(2))
 
 # ==== 6. Zero-shot uses of a score: inpainting (Table 3) and reconstruction (Table 4) =============
 def add_noise(sde, x, t, generator, start=None):
@@ -492,10 +444,9 @@ def add_noise(sde, x, t, generator, start=None):
     return up * x + math.sqrt(max(s ** 2 - (up * s0) ** 2, 0)) * noise_like(x, generator)
 
 def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
-    """Fill the pixels of x: (B, C, H, W) where mask, which broadcasts to it, is 0 -> like x.
-    After every step the known pixels are replaced by themselves at that noise level. The others
-    were drawn without knowing them, so forward noise undoes the step, and it is taken repeats times
-    in all (Lugmayr et al. 2022). Known pixels come back bit for bit, unknown ones are not used."""
+    """Fill the pixels of x: (B, C, H, W) where mask, which broadcasts to it, is 0 -> like x. After
+    every step known pixels are replaced by themselves at that noise level. The others were drawn
+    without knowing them: forward noise undoes the step repeats - 1 times (Lugmayr et al. 2022)."""
     need(repeats >= 1, f"repeats start at 1, not {repeats}")
     known = mask.to(x.device).bool().expand_as(x)
     x = torch.where(known, x, torch.zeros_like(x))
@@ -512,32 +463,28 @@ def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
     return torch.where(known, x, walk(step, score, sde, y, grid, generator))
 
 def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
-    """Noise x: (B, ...) to time t in [0, 1], then walk Eq. 4 back to data: (B, ...). The paper's
+    """Noise x: (B, ...) to time t in (t_min, 1], then walk Eq. 4 back: (B, ...). The paper's
     t = 0.02 is faint, sigma = 0.08 for VP and 0.012 for VE; every network recovers from it."""
-    need(0 <= t <= 1, f"reconstruct needs t in [0, 1], not {t}")
-    if t <= sde.t_min:
-        return x.clone()
+    need(sde.t_min < t <= 1, f"reconstruct needs t in ({sde.t_min}, 1], not {t}")
     y = add_noise(sde, x, t, generator)
     return walk(reverse_step, score, sde, y, time_grid(sde, steps, t_max=t), generator)
 
 # ==== 7. Training by Eq. 11 =======================================================================
-# Five things make it fast; --recipe paper is without the first three: the paper's t and lambda(t).
-# In brackets: the distance of Unseen's samples (section 9) after 1,500 steps on MNIST without it;
-# with all of them it is 11.9 (notebooks/results/recipe-mnist-3,7.json).
-# - The noise law. Of a uniform t few fall where images take shape: sigma around 1 for digits, 0.3
-#   for photographs. So log sigma ~ N(centre, spread^2); every k-th draw is uniform in it. [15.9]
-# - The weights: balanced_weight of section 3 on both losses, in place of the paper's. [14.4]
-# - The window: forgetting draws sigma from 0.2 to 6 (Relative: to 3). Above, noise hides the class,
-#   p_f and p_g coincide, and forgetting only fights keeping; below, the class is settled already.
-# - The optimiser: Muon for the inner convolutions, Adam for all other weights. [24.6]
-# - The precision: bfloat16 where the processor multiplies it faster. [17.7 in the same time]
+# Five things make it fast; --recipe paper is without the first three. In brackets: the distance of
+# Unseen's samples (section 9) after 1,500 MNIST steps without it; with all it is 11.9 (rivals.py).
+# - Noise law: a uniform t seldom falls where images take shape, sigma near 1 for digits, 0.3 for
+#   photographs. So log sigma ~ N(centre, spread^2); every k-th draw is uniform in it. [15.9]
+# - Weights: balanced_weight of section 3 on both losses, in place of the paper's. [14.4]
+# - Window: forget at sigma from 0.2 to 6 (Relative: to 3). Above, noise hides the class, and
+#   forgetting only fights keeping; below, the class is settled.
+# - Optimiser: Muon for the inner convolutions, Adam for all other weights. [24.6]
+# - Precision: bfloat16 where the processor multiplies it faster. [17.7 in the same time]
 DIGIT_NOISE, PHOTO_NOISE = (0.2, 1.1, 8), (-1.2, 1.2, 32)         # (centre, spread, k)
-EVERY_SIGMA = (0.0, 1e6)  # JSON has no infinity
+EVERY_SIGMA = (0.0, 1e6)                                          # JSON has no infinity
 
 class Recipe(NamedTuple):
-    """How to train: at which noise levels, with which weights, in which arithmetic."""
     noise_law: Any = DIGIT_NOISE     # (centre, spread, k), or None: t uniform
-    weighting: Any = "balanced"      # or as in section 3; or a pair of these, for keep and forget
+    weighting: Any = "balanced"      # powers 1 (keep), 1/2 (forget); or as in section 3; or a pair
     precision: str = "float32"       # or 'bfloat16'
 RECIPES = dict(balanced=Recipe(), paper=Recipe(None, "paper"))
 
@@ -566,28 +513,28 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum))
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for p in [p for p in group["params"] if p.grad is not None]:
-                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
-                velocity.lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(velocity, group["momentum"]).flatten(1)     # (c_out, 9 c_in)
-                x = x / (x.norm() + 1e-12)
-                for _ in range(5):  # Newton and Schulz
-                    y = x @ x.T
-                    x = 3.4445 * x + (2.0315 * y @ y - 4.7750 * y) @ x
-                p.add_(x.view_as(p), alpha=-0.2 * math.sqrt(max(x.shape)) * group["lr"])
+        group, = self.param_groups
+        for p in [p for p in group["params"] if p.grad is not None]:
+            velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+            velocity.lerp_(p.grad, 1 - group["momentum"])
+            x = p.grad.lerp(velocity, group["momentum"]).flatten(1)         # (c_out, 9 c_in)
+            x = x / (x.norm() + 1e-12)
+            for _ in range(5):                                              # Newton and Schulz
+                y = x @ x.T
+                x = 3.4445 * x + (2.0315 * y @ y - 4.7750 * y) @ x
+            p.add_(x.view_as(p), alpha=-0.2 * math.sqrt(max(x.shape)) * group["lr"])
 
 def descend(model, ema, steps, lr, gradients, state=None):
     """Train model; ema, or None, averages its weights. gradients(step) sets every p.grad -> report.
     The rate warms up for 5% of the steps and falls like a cosine. Yields dict(report, step, steps,
     snapshot): snapshot() is a state to go on from, bit for bit; the last has only the average."""
+    need(steps >= 1, f"steps must be at least 1, not {steps}")
     ema = model if ema is None else ema.eval()                    # then averaging changes nothing
     inner = [p for p in model.parameters() if p.dim() == 4][1:-1] # all but first and last 3x3
     others = [p for p in model.parameters() if all(p is not q for q in inner)]
     parts = [model, ema, torch.optim.Adam(others, lr, betas=(0.9, 0.99))]
     parts += [Muon(inner, lr)] if inner else []
     done = state["step"] if state else 0
-    need(not 0 < done < steps or "parts" in state, "a finished state has no optimisers to go on")
     ema.load_state_dict(state["weights"] if state else model.state_dict())
     for part, saved in zip(parts, state["parts"] if state and done < steps else ()):
         part.load_state_dict(copy.deepcopy(saved))
@@ -608,44 +555,24 @@ def descend(model, ema, steps, lr, gradients, state=None):
         for average, now in zip(ema.parameters(), model.parameters()):
             average.data.lerp_(now.data, 1 - decay)
         for average, now in zip(ema.buffers(), model.buffers()):
-            average.copy_(now)  # batch norm's statistics, say
+            average.copy_(now)                                    # batch norm's statistics, say
         yield dict(report, step=done, steps=steps, snapshot=snapshot)
-
-def check_training(keep, forget, forget_loss, alpha, window, steps):
-    """Refuse what would train, but not what was meant: ValueError or TypeError."""
-    for x in (keep,) if forget is None else (keep, forget):
-        levels = x.dtype == torch.uint8
-        need(levels or x.is_floating_point(), f"images: uint8 levels or floats, not {x.dtype}")
-        need(len(x) and x.isfinite().all(), "leave out images that contain NaN, but keep some")
-        need(levels or x.abs().max() < 99, "levels 0..255 must be uint8; floats are in [-1, 1]")
-    need((forget is None) == (forget_loss is None), "forget and forget_loss belong together")
-    need(forget is None or alpha is not None and 0 <= alpha < 1,
-         f"alpha {alpha} must be in [0, 1), the weight of the keep loss, else nothing is forgotten")
-    need(0 <= window[0] < window[1], f"window must be 0 <= low < high in sigma, not {window}")
-    need(steps >= 1, f"steps must be at least 1, not {steps}")
-    need(torch.is_grad_enabled(), "leave torch.no_grad and torch.inference_mode to train")
-    try:
-        inspect.signature(forget_loss or obtuse_loss).bind(0, 0, 0, t=0, weighting=0, generator=0)
-    except TypeError as error:
-        raise TypeError(f"{forget_loss} needs the signature of obtuse_loss: {error}") from None
-
-def eq_11(model, keep_loss, forget_loss, alpha):                  # its gradients, into model
-    sgu_loss(keep_loss, forget_loss, alpha).backward()
 
 def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, steps, batch_size=64,
           lr=4e-3, window=EVERY_SIGMA, recipe=Recipe(), data_std=None, seed=0, state=None,
-          backward=eq_11):
-    """Train model, a network for make_score, in place by Eq. 11: for info in train(...): ...
-    ema: copy.deepcopy(model), whose averaged weights one samples with, or None. keep, forget:
-    (N, ...) uint8 or floats on its device; forget_loss: of obtuse_loss's signature, at sigma in
-    window; recipe: a Recipe, whose 'balanced' is power 1 for keep, 1/2 for forget (SGU-Relative: a
-    pair of balanced_weight); backward: losses -> gradients. Yields dict(step, steps, keep, forget,
-    score, snapshot): losses weighted by w(t), the average's score(x, t), and as in descend. Raises
-    as check_training does, and FloatingPointError for a loss that is not finite."""
-    check_training(keep, forget, forget_loss, alpha, window, steps)
+          backward=lambda model, *losses_and_alpha: sgu_loss(*losses_and_alpha).backward()):
+    """Train model in place by Eq. 11. ema: copy.deepcopy(model), whose averaged weights one samples
+    with, or None. keep, forget: (N, ...) uint8, or floats in [-1, 1], on its device; forget_loss:
+    like obtuse_loss, at sigma in window; backward: losses -> gradients. Yields what descend does,
+    with keep, forget and score: the weighted losses and the average's score(x, t)."""
+    for x in (keep,) if forget is None else (keep, forget):
+        need(len(x) and (x.dtype == torch.uint8 or x.is_floating_point() and x.abs().max() < 99),
+             "images: some, as uint8 levels or as floats in [-1, 1] without NaN")
+    need((forget is None) == (forget_loss is None), "forget and forget_loss belong together")
+    need(forget is None or alpha is not None and 0 <= alpha < 1, f"alpha {alpha} is not in [0, 1)")
     std = getattr(model, "data_std", 0.5) if data_std is None else data_std
     score, average = (make_score(m, sde, std, recipe.precision) for m in (model, ema or model))
-    both = w if isinstance(w := recipe.weighting, (tuple, list)) else (w, w)  # keep, forget
+    both = recipe.weighting if isinstance(recipe.weighting, tuple) else [recipe.weighting] * 2
     weights = [balanced_weight(sde, std, power) if weight == "balanced" else weight
                for weight, power in zip(both, (1.0, 0.5))]
     def term(step, i, loss, data, sigmas):
@@ -656,164 +583,134 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, s
         value = loss(score, sde, x0, t=t, weighting=weights[i], generator=g)
         need(torch.is_tensor(value) and value.dim() == 0 and value.requires_grad,
              "a loss must return one differentiable number, the mean over the batch", TypeError)
-        need(value.isfinite(), f"the {('keep', 'forget')[i]} loss is {value.item()} at step "
-             f"{step + 1}; lower the learning rate, or raise alpha", FloatingPointError)
         return value
-    def gradients(step):
-        kept, gone = term(step, 0, score_matching_loss, keep, EVERY_SIGMA), torch.zeros(())
-        if forget is None:
-            kept.backward()
-        else:
-            gone = term(step, 1, forget_loss, forget, window)
-            backward(model, kept, gone, alpha)
+    def gradients(step):                                          # without forgetting: alpha = 1
+        kept = term(step, 0, score_matching_loss, keep, EVERY_SIGMA)
+        gone = torch.zeros(()) if forget is None else term(step, 1, forget_loss, forget, window)
+        backward(model, kept, gone, 1 if forget is None else alpha)
         return dict(keep=kept.item(), forget=gone.item(), score=average)
     return descend(model, ema, steps, lr, gradients, state)
 
 # ==================================== PART TWO: THE EXPERIMENT ====================================
 # ==== 8. Data: uint8 tensors in memory, (N, C, H, W), with integer labels (N,) ====================
 DIGITS = [str(i) for i in range(10)]
-IDX = "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
 DATASETS = dict(    # name: (default --forget, default --sde, files in --data-root, torchvision's)
-    glyphs=("3,7", "ve", "", ""), mnist=("3,7", "ve", IDX, "MNIST"),
-    fashion=("Sneaker", "ve", "Fashion" + IDX, "FashionMNIST"),
-    kmnist=("0", "ve", "K" + IDX, "KMNIST"),
-    cifar10=("automobile,dog", "vp", "cifar-10-batches-py/{data_batch_1..5,...}", "CIFAR10"),
-    stl10=("airplane", "vp", "stl10_binary/{train,test}_{X,y}.bin and class_names.txt", "STL10"),
-    celeba=("Bangs", "vp", "celeba/{img_align_celeba/*.jpg,list_attr_celeba.txt,...}", "CelebA"))
+    glyphs=("3,7", "ve", "", ""), mnist=("3,7", "ve", "MNIST/raw/*.gz", "MNIST"),
+    fashion=("Sneaker", "ve", "FashionMNIST/raw/*.gz", "FashionMNIST"),
+    kmnist=("0", "ve", "KMNIST/raw/*.gz", "KMNIST"),
+    cifar10=("automobile,dog", "vp", "cifar-10-batches-py/*", "CIFAR10"),
+    stl10=("airplane", "vp", "stl10_binary/*", "STL10"),
+    celeba=("Bangs", "vp", "celeba/*.txt and celeba/img_align_celeba/*.jpg", "CelebA"))
 
 def load_data(name, root="data"):
-    """One of DATASETS, downloaded below root if need be, or the path of an .npz (see as_data) ->
-    dict(name, train, train_labels, test, test_labels, classes). Raises UsageError."""
-    own = name.endswith(".npz") and os.path.exists(name)
-    need(own or name in DATASETS, f"--dataset: {name!r} is no .npz file nor in {[*DATASETS]}")
+    """One of DATASETS, downloaded into root if need be, or an .npz, see read_npz -> dict(name,
+    classes, train, train_labels, test, test_labels)."""
+    own = name.endswith(".npz")
+    need(own or name in DATASETS, f"--dataset: {name!r} is no .npz nor in {[*DATASETS]}")
     try:
-        arrays = dict(np.load(name)) if own else arrays_of(name, root)
-        data = as_data(pathlib.Path(name).stem, arrays)
-        for half, y in [("train", data["train_labels"]), ("test", data["test_labels"])]:
-            blank = data[half].amax((1, 2, 3)) == data[half].amin((1, 2, 3))
-            damaged = blank.float().mean() > 0.01 or len(y.unique(dim=0)) < 2
-            need(own or not damaged, "many images show nothing, or all labels are the same")
+        names, *halves = read_npz(name) if own else read_standard(name, root)
+        data = dict(name=pathlib.Path(name).stem, classes=names)
+        for half, (x, y) in zip(("train", "test"), halves):
+            x, y, side = torch.as_tensor(x), torch.as_tensor(y), x.shape[-2]
+            x = x.reshape(len(x), side, side, -1).permute(0, 3, 1, 2).contiguous()
+            if side > 64:
+                x = torch.cat([F.interpolate(v.float(), 64, mode="bilinear", antialias=True)
+                               for v in x.split(1000)]).round().byte()
+            y = y > 0 if y.dim() == 2 else y.long()  # attributes, or labels
+            bright = x.flatten(1).any(1).float().mean()
+            need(own or bright > 0.99 and 1 < len(y.unique()) <= len(names), "black, or odd labels")
             if y.dim() == 1 and len(y.unique_consecutive()) <= max(len(y) // 10, len(y.unique())):
                 order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-                data.update({half: data[half][order], half + "_labels": y[order]})   # was sorted
+                x, y = x[order], y[order]  # they came sorted by label
+            data.update({half: x, half + "_labels": y})
         return data
-    except Exception as error:  # numpy, torchvision: in many ways
-        hint = ("is not what as_data in sgu.py describes" if own else "is missing or damaged, and "
-                f"cannot be downloaded; put {DATASETS[name][2]} into {root}")
-        reason = " ".join(str(error).split())[:250]
-        hint = "needs what requirements.txt names" if isinstance(error, ImportError) else hint
-        raise UsageError(f"{name} {hint} ({type(error).__name__}: {reason})") from None
+    except Exception as error:  # numpy and torchvision fail in many ways
+        hint = "see read_npz in sgu.py" if own else f"put {DATASETS[name][2]} into {root}"
+        raise UsageError(f"{name} is missing or damaged; {hint} ({error!r})") from None
 
-def arrays_of(name, root):
-    """A data set of torchvision, or 12,000 + 2,000 glyphs, as the arrays of an .npz."""
+def read_standard(name, root):  # -> names, (images, labels) to train, to test
     if name == "glyphs":
-        images, labels = map(torch.cat, zip(draw_glyphs(12000, 0), draw_glyphs(2000, 1)))
-        return dict(images=images[:, 0], labels=labels, split=np.repeat([0, 1], [12000, 2000]))
+        return DIGITS, draw_glyphs(12000, 0), draw_glyphs(2000, 1)
     from torchvision import datasets
-    halves = [dict(split=half) if name in ("stl10", "celeba") else dict(train=half == "train")
-              for half in ("train", "test")]
-    with contextlib.redirect_stdout(io.StringIO()):               # it names every mirror it tries
-        parts = [getattr(datasets, DATASETS[name][3])(root, download=True, **how) for how in halves]
-    split = np.repeat([0, 1], [len(part) for part in parts])
-    if name == "celeba":  # the face, by a box filter
-        faces = [np.asarray(image.crop((15, 35, 163, 183)).resize((64, 64), 4))
-                 for part in parts for image, _ in part]
-        return dict(images=np.stack(faces), split=split, attribute_names=parts[0].attr_names[:40],
-                    attributes=np.concatenate([part.attr[:, :40] for part in parts]))
-    images = np.concatenate([part.data for part in parts])
-    labels = [part.labels if name == "stl10" else part.targets for part in parts]
-    return dict(images=images.transpose(0, 2, 3, 1) if name == "stl10" else images, split=split,
-                labels=np.concatenate(labels),
-                class_names=DIGITS if name in ("mnist", "kmnist") else parts[0].classes)
+    def face(image):  # by a box filter
+        return image.crop((15, 35, 163, 183)).resize((64, 64), 4)
+    kind, halves = getattr(datasets, DATASETS[name][3]), []
+    for half in ("train", "test") if name in ("stl10", "celeba") else (True, False):
+        part = kind(root, half, transform=face if name == "celeba" else None, download=True)
+        halves.append(map(np.stack, zip(*part)))
+    names = part.attr_names[:40] if name == "celeba" else part.classes
+    return DIGITS if name in ("mnist", "kmnist") else names, *halves
 
-def as_data(source, arrays):
-    """The arrays of an .npz -> what load_data returns. images: square uint8 (N, H, W[, C]), shrunk
-    to 64 pixels; labels (N,) or attributes (N, A), yes above 0; optional: class_names or attribute_
-    names; split (N,), whose highest number, 1 or more, is for testing (else a random sixth)."""
+def read_npz(path):
+    """images: uint8 (N, H, H[, C]); labels: integers (N,) from 0, or attributes: integers (N, A),
+    yes above 0; optional: class_names, attribute_names, split: (N,), the highest for testing."""
+    arrays = dict(np.load(path))
     many = "attributes" in arrays
-    key, names = ("attributes", "attribute_names") if many else ("labels", "class_names")
-    x, y = np.ascontiguousarray(arrays["images"]), np.asarray(arrays[key])
-    need(x.dtype == np.uint8 and x.ndim in (3, 4) and x.shape[1] == x.shape[2],
-         f"images must be uint8 and square, (N, H, W) or (N, H, W, C), not {x.dtype} {x.shape}")
-    sixth = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).numpy() % 6 == 5
-    split = np.asarray(arrays.get("split", sixth))
-    for v, axes in ((y, 1 + many), (split, 1)):
-        known = v.dtype.kind in "iub" or axes > 1 and (v == v).all()    # NaN says neither
-        need(known and v.ndim == axes and len(v) == len(x) > 0,
-             f"{len(x)} images need as many {key} and split, integers, not {v.dtype} {v.shape}")
+    x, y = arrays["images"], arrays["attributes" if many else "labels"]
     count = y.shape[1] if many else int(y.max()) + 1
-    names = arrays.get(names, range(count if many else min(count, len(x))))
-    names = [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in names]
-    need(count <= len(names) and (many or y.min() >= 0),
-         f"{key} count from 0, and {len(names)} names do not fit {y.min()}..{count - 1}")
-    names = [re.sub(r"[\s,|\0]+", " ", v).strip() for v in names]
-    names = [f"class {v or i}" if v in ("", "total", "n", "ci95") else v
-             for i, v in enumerate(names)]                        # the results have such keys
-    stems = [re.sub(r"( \(\d+\))+$", "", v) for v in names]      # 'a (0)' must not meet another
-    names = [f"{v} ({i})" if stems.count(stems[i]) > 1 else v for i, v in enumerate(names)]
-    x = torch.from_numpy(x.reshape(*x.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()
-    y = torch.from_numpy(y > 0 if many else y.astype(np.int64))
-    if x.shape[2] > 64:
-        x = torch.cat([F.interpolate(part.float(), (64, 64), mode="bilinear", antialias=True)
-                       for part in x.split(1000)]).round().clamp(0, 255).byte()
-    test = torch.from_numpy(split.astype(np.int64)) == max(int(split.max()), 1)
-    return dict(name=source, classes=names, train=x[~test], train_labels=y[~test], test=x[test],
-                test_labels=y[test])
+    names = arrays.get("attribute_names" if many else "class_names", np.arange(count)).astype(str)
+    need(x.dtype == np.uint8 and x.shape[1] == x.shape[2] and y.dtype.kind in "iub"
+         and (many or y.ndim == 1 and y.min() >= 0) and count <= len(names),
+         ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items()))
+    names = [re.sub(r"[\s,|]+", " ", name).strip() for name in names]
+    if len({*map(str.lower, names)} - {"", "total", "n", "ci95"}) < len(names):
+        names = [f"{i} {name}" for i, name in enumerate(names)]  # the results have such keys
+    sixth = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).numpy() % 6 == 5
+    split = arrays.get("split", sixth)
+    test = split == split.max()
+    return names, (x[~test], y[~test]), (x[test], y[test])
 
 def draw_glyphs(n, seed, side=28):
-    """n digits of matplotlib's fonts, moved at random: (n, 1, side, side) uint8, labels (n,)."""
+    """n digits of two fonts, moved at random: (n, 1, side, side) uint8, labels (n,)."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
     plates, g = [], torch.Generator().manual_seed(seed)
     for name in ("Sans", "Serif"):
-        path = pathlib.Path(matplotlib.get_data_path(), f"fonts/ttf/DejaVu{name}.ttf")
-        font = ImageFont.truetype(str(path), 58, layout_engine=ImageFont.Layout.BASIC)
+        path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVu{name}.ttf"
+        font = ImageFont.truetype(path, 58, layout_engine=ImageFont.Layout.BASIC)
         for digit in DIGITS:
             plate = Image.new("L", (64, 64))
             ImageDraw.Draw(plate).text((32, 32), digit, fill=255, font=font, anchor="mm")
-            plates.append(torch.from_numpy(np.array(plate)).float() / 255)
+            plates.append(np.array(plate, np.float32) / 255)
     which = torch.randint(len(plates), (n,), generator=g)
-    plates, images = torch.stack(plates)[:, None], []             # (fonts * 10, 1, 64, 64)
-    jitter = torch.rand(5, n, generator=g, dtype=torch.float32) - 0.5
-    angle, scale, slant, dx, dy = jitter * jitter.new_tensor([0.1, 0.06, 0.06, 0.05, 0.05])[:, None]
+    most = torch.tensor([[0.1], [0.06], [0.06], [0.05], [0.05]], dtype=torch.float32)
+    angle, scale, slant, dx, dy = (torch.rand(5, n, generator=g, dtype=most.dtype) - 0.5) * most
     cos, sin = angle.cos() * (1 + scale), angle.sin() * (1 + scale)
     affine = torch.stack([cos, -sin + slant, dx, sin, cos, dy], dim=1).view(n, 2, 3)
-    for i in torch.arange(n).split(2000):
-        grid = F.affine_grid(affine[i], (len(i), 1, 2 * side, 2 * side), align_corners=False)
-        images.append(F.avg_pool2d(F.grid_sample(plates[which[i]], grid, align_corners=False), 2))
-    return (torch.cat(images) * 255).round().clamp(0, 255).byte(), which % 10
+    grid = F.affine_grid(affine, (n, 1, 2 * side, 2 * side), align_corners=False)
+    x = F.grid_sample(torch.tensor(np.stack(plates))[which, None], grid, align_corners=False)
+    return (F.avg_pool2d(x, 2) * 255).round().byte(), which % 10
 
 def choose(data, forget):
-    """What to forget: '3,7', 'automobile,dog', 'Bangs' (names in any case, or numbers). Adds chosen
-    (names), forget (classes), checksum; attributes become two classes, 'no Bangs' and 'Bangs'."""
-    names, numbers, data = data["classes"], [], dict(data)
-    for word in [word.strip() for word in forget.split(",")]:
-        found = [i for i, name in enumerate(names) if name == word]
-        found = found or [i for i, v in enumerate(names) if word.lower() in (v.lower(), str(i))]
-        need(len(found) == 1 and found[0] not in numbers, f"--forget {forget}: {word!r} must be "
-             f"one class, once, of {', '.join(names)}, or its number from 0")
-        numbers += found
-    data.update(chosen=",".join(names[i] for i in numbers), forget=numbers)
-    if data["train_labels"].dim() == 2:
-        yes = data["chosen"].replace(",", "+")
-        data.update(classes=[f"no {yes}", yes], forget=[1])
-        for key in ("train_labels", "test_labels"):
-            data[key] = data[key][:, numbers].any(1).long()
-    for key in ("train", "test"):
-        need(0 < is_forgotten(data, key).sum() < len(data[key]),
-             f"--forget {forget}: nothing to forget, or nothing else, among the {key} images")
-    tensors = [v for v in data.values() if torch.is_tensor(v)]
-    return dict(data, checksum=checksum([*tensors, torch.tensor(data["forget"])]))
+    """forget: '3,7', 'Dog', names in any case or numbers -> data and chosen (names), forget
+    (classes), checksum. Attributes become two classes, as in 'no Bangs' and 'Bangs'."""
+    names, data = data["classes"], dict(data)
+    known = {str(i): i for i in range(len(names))}
+    known.update({name.lower(): i for i, name in enumerate(names)})  # a name before a number
+    words = [word.strip().lower() for word in forget.split(",")]
+    need({*words} <= {*known}, f"--forget {forget!r} is not of {', '.join(names)}, nor numbers")
+    numbers = [*dict.fromkeys(known[word] for word in words)]
+    chosen = [names[i] for i in numbers]
+    data.update(chosen=",".join(chosen), forget=numbers)
+    for half in ("train", "test"):
+        y = data[half + "_labels"]
+        if y.dim() == 2:
+            data[half + "_labels"] = y[:, numbers].any(1).long()
+            data.update(classes=["no " + "+".join(chosen), "+".join(chosen)], forget=[1])
+        gone = is_forgotten(data, half)
+        need(gone.any() and not gone.all(), f"--forget {forget}: none, or all, of {half} images")
+    tensors = [*filter(torch.is_tensor, data.values()), torch.tensor(data["forget"])]
+    return dict(data, checksum=checksum(tensors))
 
-def is_forgotten(data, key):  # which of data['train'] or data['test']: (N,) bool
-    return torch.isin(data[key + "_labels"], torch.tensor(data["forget"]))
+def is_forgotten(data, half):  # which of data['train'] or data['test']: (N,) bool
+    return torch.isin(data[half + "_labels"], torch.tensor(data["forget"]))
 def checksum(tensors):  # one number for their content
-    arrays = (tensor.detach().cpu().contiguous().numpy() for tensor in tensors)
+    arrays = (tensor.cpu().contiguous().numpy() for tensor in tensors)
     return functools.reduce(lambda crc, array: zlib.crc32(array, crc), arrays, 0)
 
 # ==== 9. The judge: a classifier of the real images, with one more class, "none of these" =========
-# It says what a sample shows (the unlearning ratio), whether it shows anything, and by its features
-# how far samples are from real images: NOT the FID, which has another network.
+# It says what a sample shows, if anything, and by its features how far samples are from real ones:
+# NOT the FID, which has another network.
 class Residual(nn.Sequential):
     def forward(self, x):
         return x + super().forward(x)
@@ -823,9 +720,9 @@ class Judge(nn.Module):
     def __init__(self, image_channels, classes, width):
         super().__init__()
         self.config = dict(image_channels=image_channels, classes=classes, width=width)
-        def conv(c, d, last=nn.Identity()):
-            layer = nn.Conv2d(c, d, 3, padding=1, bias=False)
-            return nn.Sequential(layer, nn.BatchNorm2d(d), nn.ReLU(), last)
+        def conv(c, d, *then):
+            layers = nn.Conv2d(c, d, 3, padding=1, bias=False), nn.BatchNorm2d(d), nn.ReLU()
+            return nn.Sequential(*layers, *then)
         w, half = width, nn.MaxPool2d(2)
         self.stem = conv(image_channels, w)
         self.body = nn.Sequential(
@@ -834,53 +731,50 @@ class Judge(nn.Module):
             Residual(conv(8 * w, 8 * w), conv(8 * w, 8 * w)))
         self.head = nn.Linear(8 * w, classes)
         self.to(memory_format=torch.channels_last)
-    def features(self, x):                                        # (B, C, H, W) -> (B, 8 width)
-        large, x = x.shape[2] > 32, self.stem(x.contiguous(memory_format=torch.channels_last))
-        return self.body(F.max_pool2d(x, 2) if large else x).amax((2, 3))   # 64 pixels: then as 32
+    def features(self, x):  # (B, C, H, W) -> (B, 8 width)
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        return self.body(F.max_pool2d(x, 2) if x.shape[2] > 32 else x).amax((2, 3))
     def forward(self, x):
         return self.head(self.features(x))
 
 def none_of_these(x, g):
-    """Images x: (B, C, H, W) in [-1, 1] -> as many that are none, each of a random kind."""
-    (b, c, h, w), p = x.shape, x.shape[2] // 4
+    """Images x: (B, C, H, W) in [-1, 1] -> as many that are none. By chance each is noise, an image
+    under noise, two images at once, an image in shuffled patches, or dots."""
+    (b, c, *size), p, other = x.shape, x.shape[2] // 4, x.roll(1, 0)
     strength, shade, coin = torch.rand(3, b, 1, 1, 1, generator=g)
-    z, other = noise_like(x, g), x.roll(1, 0)
-    smooth = F.interpolate(2 * torch.randn(b, c, p, p, generator=g), size=(h, w), mode="bilinear")
-    z = torch.where(coin < 0.5, z, smooth)
+    fine, coarse = noise_like(x, g), 2 * torch.randn(b, c, p, p, generator=g)
+    z = torch.where(coin < 0.5, fine, F.interpolate(coarse, size, mode="bilinear"))
     both = torch.where(coin < 0.5, torch.maximum(x, other), (x + other) / 2)
-    patches = x.reshape(b, c, 4, p, 4, p).permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
-    patches = patches[torch.randperm(16, generator=g)].view(4, 4, b, c, p, p)
+    patches = F.unfold(x, p, stride=p)[..., torch.randperm(16, generator=g)]
     dots = torch.where(torch.rand(x.shape, generator=g) < 0.15 * strength, 1.0, -1.0)
-    kinds = [2 * shade - 1 + 2 * strength * z,                    # noise of any shade and strength
-             x + (0.8 + 1.2 * strength) * z, both,                # an image under it; two at once
-             patches.permute(2, 3, 0, 4, 1, 5).reshape(x.shape), dots]      # shuffled patches
+    kinds = [2 * shade - 1 + 2 * strength * z, x + (0.8 + 1.2 * strength) * z, both,
+             F.fold(patches, size, p, stride=p), dots]
     which = torch.randint(5, (b,), generator=g)
     return torch.stack(kinds)[which, torch.arange(b)].clamp(-1, 1)
 
 def train_judge(data, width=16, steps=1000, lr=4e-3, batch_size=256, precision="float32",
                 device="cpu", seed=0, state=None):
-    """A Judge of data, with label smoothing and, per batch, one shift and in colour one flip. A
-    fifth of it is none_of_these, the last class. A job, see finish, that reports judge."""
+    """A job, see finish, that reports judge, a Judge of data. A fifth of a batch is none_of_these,
+    the last class; all of it has one shift and, in colour, is mirrored or not."""
     x, y, none = data["train"], data["train_labels"], len(data["classes"])
-    side, pad, kind = x.shape[2], max(x.shape[2] // 14, 2), torch.device(device).type
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        judge = Judge(x.shape[1], none + 1, width).to(device)
-    weight = judge.head.weight.new_tensor([1.0] * none + [1 / 8])  # in doubt a real image, not none
+    side, pad = x.shape[2], max(x.shape[2] // 14, 2)
+    torch.manual_seed(seed)
+    judge = Judge(x.shape[1], none + 1, width).to(device)
+    weight = judge.head.weight.new_tensor([1.0] * none + [1 / 8])  # in doubt a real image
     def gradients(step):
         g = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(x), (batch_size,), generator=g)
         i, j, flip = torch.randint(2 * pad + 1, (3,), generator=g).tolist()
-        image, label = F.pad(x[rows].float() / 127.5 - 1, [pad] * 4, value=-1.0), y[rows]
-        image = image[:, :, i:i + side, j:j + side]
-        if x.shape[1] == 3:                       # half under faint noise: it is no hair or fur
+        image, label = F.pad(x[rows].float() / 127.5 - 1, [pad] * 4, value=-1), y[rows]
+        image = image[..., i:i + side, j:j + side]
+        if x.shape[1] == 3:  # half under faint noise: it is no hair or fur
             image = image.flip(3) if flip % 2 else image
             faint = (0.4 * torch.rand(batch_size, 1, 1, 1, generator=g) - 0.2).clamp(min=0)
             image = (image + faint * noise_like(image, g)).clamp(-1, 1)
         image[::5], label[::5] = none_of_these(image[::5], g), none
         judge.train()
-        with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
-            logits = judge(image.to(device, judge.head.weight.dtype))
+        with torch.autocast(weight.device.type, torch.bfloat16, precision == "bfloat16"):
+            logits = judge(image.to(weight))
             F.cross_entropy(logits, label.to(device), weight, label_smoothing=0.05).backward()
         return dict(judge=judge)
     return descend(judge, None, steps, lr, gradients, state)
@@ -889,26 +783,26 @@ def train_judge(data, width=16, steps=1000, lr=4e-3, batch_size=256, precision="
 def opinions(judge, x):
     """x: (N, C, H, W) uint8 -> probabilities (N, K) and features (N, F), float32 on the CPU."""
     need(x.dtype == torch.uint8, f"judge uint8 levels, not {x.dtype}; see to_levels")
-    p, parts = next(judge.parameters()), []
-    judge.eval()
+    device, found = next(judge.eval().parameters()).device, []
     for part in x.split(500):
-        features = judge.features(part.to(p.device, p.dtype) / 127.5 - 1)
-        parts.append((judge.head(features).softmax(1).float().cpu(), features.float().cpu()))
-    return tuple(map(torch.cat, zip(*parts)))
+        features = judge.features(part.to(device) / 127.5 - 1)
+        found.append((judge.head(features).softmax(1).cpu(), features.cpu()))
+    return tuple(map(torch.cat, zip(*found)))
 
-def wilson(k, n, z=1.959964):
-    """95% interval [lo, hi] of a proportion k/n (Wilson), fractions."""
+def wilson(k, n, z=1.959964):  # 95% interval of a proportion k/n: [low, high]
     centre, half = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
     return [max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))]
 
-def paired(a, b):
-    """a - b on the same n samples, (n,) each: its mean and 95% interval (normal; n = 1: None)."""
-    d, mean = a.double() - b.double(), float((a.double() - b.double()).mean())
-    half = 1.959964 * float(d.std(correction=min(1, len(d) - 1))) / math.sqrt(len(d))
+def paired(a, b):  # (n,) each: mean of a - b, 95% interval if n > 1
+    d = a.double() - b.double()
+    mean, spread = float(d.mean()), float(d.std(correction=min(1, len(d) - 1)))
+    half = 1.959964 * spread / math.sqrt(len(d))
     return dict(mean=mean, ci95=[mean - half, mean + half] if len(d) > 1 else None)
 
 def frechet(f1, f2):
-    """Squared Frechet distance of the Gaussians fitted to features f1: (N, F) and f2: (M, F)."""
+    """Squared Frechet distance of the Gaussians fitted to f1: (N, F) and f2: (M, F), or None."""
+    if min(len(f1), len(f2)) < 2:
+        return None
     def root(c):
         values, axes = torch.linalg.eigh(c)
         return (axes * values.clamp(min=0).sqrt()) @ axes.T
@@ -916,34 +810,32 @@ def frechet(f1, f2):
     cross = root(root(c1) @ c2 @ root(c1)).trace()
     return max(float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross), 0.0)
 
-def judged(probs, features, data, reference, real=None):
+def judged(probs, features, data, reference, real=()):
     """What the results say of images, shares in [0, 1]; kept: all not called forgotten, noise too.
     probs: (N, K), features: (N, F); reference, real: of real D_g, real cut to as many (bias)."""
     n, names, label = len(probs), data["classes"], probs.argmax(1)
-    hit, none = torch.isin(label, torch.tensor(data["forget"])), label >= len(names)
-    share, k = {v: int((label == c).sum()) / n for c, v in enumerate(names)}, int(hit.sum())
-    ratio = {names[c]: share[names[c]] for c in data["forget"]}
-    real = () if real is None or len(real) < n - k else real[:n - k]
-    def distance(f):
-        return frechet(f, reference) if min(len(f), len(reference)) > 1 else None
+    counts = label.bincount(minlength=len(names) + 1).tolist()
+    shares = {name: count / n for name, count in zip(names, counts)}
+    ratio = {names[i]: shares[names[i]] for i in data["forget"]}
+    kept = features[~torch.isin(label, torch.tensor(data["forget"]))]
+    unsure = (probs.amax(1) < 0.5) | (label == len(names))
+    real, k = real[:len(kept)] if len(real) >= len(kept) else (), n - len(kept)
     return dict(unlearning_ratio=dict(ratio, total=k / n, n=n, ci95=wilson(k, n)), kept=n - k,
-                unsure=int((none | (probs.amax(1) < 0.5)).sum()) / n, none=int(none.sum()) / n,
-                class_histogram=share, frechet_kept=distance(features[~hit]),
-                frechet_real=distance(real))
+                unsure=int(unsure.sum()) / n, none=counts[-1] / n, class_histogram=shares,
+                frechet_kept=frechet(kept, reference), frechet_real=frechet(real, reference))
 
 # ==== 10. The command: python sgu.py --dataset mnist --forget 3,7 =================================
-class Method(NamedTuple):
-    """A way to make a model."""
+class Method(NamedTuple):  # a way to make a model
     title: str
-    loss: Any = None                 # of D_f; None: the keep loss alone
-    alpha: Any = None                # Eq. 11
-    keep: str = "D_g"                # what the keep loss sees: D or D_g
-    start: str = ""                  # 'scratch'; 'standard', as prepare wants; '': as --training
-    share: float = 0.15              # of --steps, if it starts from Standard
-    pace: float = 1.0                # of --lr, if it starts from Standard
-    window: tuple = EVERY_SIGMA      # the sigma at which the loss of D_f acts ('paper': at all)
-    power: float = 0.5               # of its balanced_weight
-    prepare: Any = None              # (Standard's score, arguments of train) -> arguments of train
+    loss: Any = None            # of D_f; None: the keep loss alone
+    alpha: Any = None           # Eq. 11
+    keep: str = "D_g"           # what the keep loss sees: D or D_g
+    start: str = ""             # 'scratch' or 'standard'; '': as --training says
+    share: float = 0.15         # of --steps, and
+    pace: float = 1.0           # of --lr, if it starts from Standard
+    window: tuple = EVERY_SIGMA # the sigma at which the loss of D_f acts ('paper': at all)
+    power: float = 0.5          # of its balanced_weight
+    prepare: Any = None         # (Standard's score, arguments of train) -> arguments of train
 
 def with_reference(score, arguments):  # for losses that compare with Standard's score
     return dict(arguments, forget_loss=functools.partial(arguments["forget_loss"], reference=score))
@@ -954,7 +846,7 @@ METHODS = dict(
     orthogonal=Method("SGU-Orthogonal", orthogonal_loss, 0.95, window=(0.2, 6.0)),
     obtuse=Method("SGU-Obtuse", obtuse_loss, 0.95, window=(0.2, 6.0)),
     relative=Method("SGU-Relative", relative_loss, 0.55, start="standard", power=1.0,
-                    window=(0.2, 3.0), prepare=with_reference),   # where digits take shape
+                    window=(0.2, 3.0), prepare=with_reference),  # where digits take shape
     finetune=Method("fine-tuning", start="standard"))
 TASKS = ("sample", "likelihood", "inpaint", "reconstruct")
 SAMPLER_STEPS = dict(em=120, pc=100, ancestral=100, multistep=20, ode=18)
@@ -962,7 +854,7 @@ COLUMNS = ("channels blocks patch data_std noise_law sampler steps batch_size lr
            "likelihood_samples judge_width judge_steps").split()
 SMALL, LARGE = ((32, 64), 1, 2, 1.0, DIGIT_NOISE), ((64, 128), 2, 2, 1.0, DIGIT_NOISE)
 PHOTO = (0.5, PHOTO_NOISE, "ode")
-PRESETS = {         # (data set or largest side of the image, device): COLUMNS
+PRESETS = {  # (data set or largest side of the image, device): COLUMNS
     ("glyphs", "cpu"): (*SMALL, "multistep", 240, 64, 6e-3, 400, 8, 8, 100),
     (28, "cpu"): (*SMALL, "multistep", 6000, 64, 4e-3, 2000, 100, 8, 1200),
     (28, "cuda"): (*LARGE, "multistep", 8000, 256, 4e-3, 10000, 500, 32, 1900),
@@ -971,80 +863,60 @@ PRESETS = {         # (data set or largest side of the image, device): COLUMNS
     (64, "cpu"): ((32, 64, 128), 1, 2, *PHOTO, 4000, 32, 4e-3, 500, 50, 16, 1500),
     (64, "cuda"): ((96, 192, 384), 1, 2, *PHOTO, 20000, 128, 3e-3, 10000, 250, 64, 4000)}
 
-def within(kind, low, high=2**31 - 1):           # the type of an option: a number in [low, high]
-    def number(text):
-        need(low <= kind(text) <= high, f"{text} not in {low}..{high}", argparse.ArgumentTypeError)
-        return kind(text)
-    return number
-
-def some_of(names):  # the type of an option: some of names, with commas
-    def check(text):
-        words = [word.strip() for word in text.split(",")]
-        need({*words} <= {*names} and len({*words}) == len(words),
-             f"{text!r} must be some of {','.join(names)}, each once", argparse.ArgumentTypeError)
-        return ",".join(words)
-    return check
-
-def parse_options(argv=None):
-    """argv -> the options of the command, checked. Raises UsageError."""
+def parse_options(argv=None):  # argv -> the options of the command, checked, or UsageError
     cli = argparse.ArgumentParser("sgu.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    def refuse(message):
-        raise UsageError(message.removeprefix("argument "))
-    def add(name, kind, text, default=None):
-        how = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind)
-        how = dict(action="store_true") if kind is bool else dict(how, metavar="X", default=default)
-        text += f" [{default}]" if default else ""
-        cli.add_argument(f"--{name}", help=text.replace("%", "%%"), **how)
-    cli.error, count = refuse, within(int, 1)
-    add("dataset", str, ", ".join(DATASETS) + ", or the path of an .npz", "glyphs")
-    add("forget", str, "names or numbers of classes or attributes, as in 3,7")
-    default = "standard,unseen,orthogonal,obtuse,relative"
-    add("methods", some_of(METHODS), ", ".join(METHODS), default)
-    add("training", ("finetune", "retrain"), "SGU on from Standard, or from nothing", "finetune")
-    add("recipe", tuple(RECIPES), "balanced (see section 7), or paper", "balanced")
-    add("pretrained", str, "the standard.pt of an earlier run, under any --sde")
-    add("sde", tuple(SCHEDULES), "ve, vp or ddpm (default: ve for digits, else vp)")
-    add("alpha", within(float, 0, 1), "of Eq. 11 (default: the method's)")
-    add("steps", count, "of Standard and Unseen (default, as below: see PRESETS)")
-    add("unlearn-steps", count, "on from Standard (default: 15% of --steps)")
-    add("batch-size", count, "images per step")
-    add("lr", within(float, 1e-9, 10), "peak learning rate")
-    add("sampler", tuple(SAMPLERS), ", ".join(SAMPLERS))
-    add("sampler-steps", count, f"(default: {SAMPLER_STEPS})")
-    add("samples", count, "images to draw from each model")
-    add("likelihood-samples", count, "test images of D_g and of D_f, for the other tasks")
-    add("tasks", some_of(TASKS), ",".join(TASKS), "sample,likelihood")
-    add("device", ("auto", "cpu", "cuda"), "where to compute", "auto")
-    add("precision", ("float32", "bfloat16"), "of training and sampling")
-    add("compile", bool, "torch.compile the network: pays in long runs on a GPU")
-    add("seed", within(int, 0), "one number decides everything random but the data", 0)
-    add("data-root", str, "folder of the data sets", "data")
-    add("out", str, "folder of the results (default: runs/<dataset>-<forget>...)")
-    add("fresh", bool, "overwrite what is in --out instead of going on from it")
-    return cli.parse_args(argv)
+    cli.error, add = functools.partial(need, False), cli.add_argument
+    add("--dataset", default="glyphs", help=f"{', '.join(DATASETS)} or an .npz")
+    add("--forget", help="names or numbers of classes or attributes")
+    add("--methods", default="standard,unseen,orthogonal,obtuse,relative", help=",".join(METHODS))
+    add("--training", choices=("finetune", "retrain"), default="finetune")
+    add("--recipe", choices=RECIPES, default="balanced")
+    add("--pretrained", help="the standard.pt of an earlier run")
+    add("--sde", choices=SCHEDULES, help="default: ve for digits, else vp")
+    add("--sampler", choices=SAMPLERS)
+    add("--alpha", type=float, help="of Eq. 11")
+    add("--lr", type=float, help="peak learning rate")
+    for name in "steps unlearn-steps batch-size sampler-steps samples likelihood-samples".split():
+        add(f"--{name}", type=int, help="see PRESETS")
+    add("--tasks", default="sample,likelihood", help=",".join(TASKS))
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--precision", choices=("float32", "bfloat16"))
+    add("--compile", action="store_true", help="pays in long runs on a GPU")
+    add("--seed", type=int, default=0, help="of all that is random")
+    add("--data-root", default="data", help="folder of the data sets")
+    add("--out", help="folder of the results (default: in runs)")
+    add("--fresh", action="store_true", help="overwrite what is in --out")
+    opt = cli.parse_args(argv)
+    ranges = dict(alpha=(0, 1), lr=(1e-9, 10), seed=(0, 2**31))
+    for name, value in vars(opt).items():
+        low, high = ranges.get(name, (1, 2**31))
+        need(type(value) not in (int, float) or low <= value < high,
+             f"--{name.replace('_', '-')} {value}: must be {low} or more, below {high}")
+    opt.methods, opt.tasks = opt.methods.replace(" ", ""), opt.tasks.replace(" ", "")
+    for words, known in ((opt.methods, METHODS), (opt.tasks, TASKS)):
+        need({*words.split(",")} <= {*known}, f"{words}: must be some of {','.join(known)}")
+    return opt
 
-def as_arguments(options):                       # dict(lr=0.1, fresh=True) -> --lr=0.1 --fresh
-    return [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-            for name, value in options.items() if value is not None and value is not False]
+def as_words(options):  # dict(lr=0.1, fresh=True) -> --lr 0.1 --fresh; defaults are left out
+    usual = vars(parse_options([]))
+    given = {f"--{k.replace('_', '-')}": v for k, v in options.items() if v != usual.get(k)}
+    return [str(word) for pair in given.items() for word in pair if word is not True]
 def Options(**given):  # the same by name, checked in the same way
-    return parse_options(as_arguments(given))
-
+    return parse_options(as_words(given))
 def describe(device):  # the machine in words, for the results
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    path = pathlib.Path("/proc/cpuinfo")
-    info = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    path, n = pathlib.Path("/proc/cpuinfo"), torch.get_num_threads()
+    info = path.read_text(encoding="utf-8") if path.exists() else ""
     name = info.partition("model name\t: ")[2].partition("\n")[0] or platform.machine()
-    fast = " (bfloat16)" if "amx_bf16" in info or "avx512_bf16" in info else ""
-    return f"{name}{fast}, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
+    return f"{name}{' (bfloat16)' * ('_bf16' in info)}, {n} thread{'s' * (n > 1)}"
 def from_standard(method, opt):  # is this method trained on from Standard?
-    return (METHODS[method].start or {"finetune": "standard"}.get(opt.training)) == "standard"
-
-def fill_in(opt, channels, side, machine):  # what is open; 6/10: in equal time
+    return (METHODS[method].start or opt.training) in ("standard", "finetune")
+def fill_in(opt, channels, side, machine):  # what is open, by PRESETS
     fast = opt.device == "cuda" or "bfloat16" in machine
-    row = dict(zip(COLUMNS, next(v for (size, kind), v in PRESETS.items() if (
-        kind == opt.device and (size == opt.dataset or isinstance(size, int) and side <= size)))))
-    row["steps"] = row["steps"] * (10 if fast or opt.dataset == "glyphs" else 6) // 10
+    keys = [(size, opt.device) for size in (opt.dataset, *range(side, 65))]
+    row = dict(zip(COLUMNS, next(PRESETS[key] for key in keys if key in PRESETS)))
+    row["steps"] = row["steps"] * (10 if fast or opt.dataset == "glyphs" else 6) // 10  # same time
     row["sampler_steps"] = SAMPLER_STEPS[opt.sampler or row["sampler"]]
     row["precision"] = "bfloat16" if fast else "float32"
     opt.network = UNet(channels, *(row.pop(k) for k in COLUMNS[:4])).config
@@ -1053,218 +925,167 @@ def fill_in(opt, channels, side, machine):  # what is open; 6/10: in equal time
 def resolve(opt):
     """Options with nothing left open -> (opt, data). Raises UsageError before any work is done."""
     opt, cuda = Options(**vars(opt)), torch.cuda.is_available()
-    need(opt.device != "cuda" or cuda, "--device cuda: this machine or build of torch has none")
-    opt.device = ("cuda" if cuda else "cpu") if opt.device == "auto" else opt.device
+    need(cuda or opt.device != "cuda", "--device cuda: this machine or build of torch has none")
+    opt.device = "cuda" if cuda and opt.device != "cpu" else "cpu"
     methods = opt.methods.split(",")
-    if any(m == "standard" or from_standard(m, opt) for m in methods):
-        methods = dict.fromkeys(["standard", *methods])           # the first, and once
-    opt.methods = ",".join(methods)
-    need(len({METHODS[m].title for m in methods}) == len(methods), "--methods: titles must differ")
-    for how in [METHODS[m] for m in methods if METHODS[m].loss]:  # what train would refuse too late
-        alpha = how.alpha if opt.alpha is None else opt.alpha
-        loss, image = obtuse_loss if how.prepare else how.loss, torch.zeros(1)
-        try:
-            check_training(image, image, loss, alpha, how.window, 1)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"--methods: {how.title}: {error}") from None
-    data = load_data(opt.dataset, opt.data_root)
-    forget, sde, *_ = DATASETS.get(opt.dataset, (None, "vp"))
-    forget = forget if opt.forget is None else opt.forget
-    need(forget is not None, "--forget: say what to forget, for instance --forget 3,7")
-    data = choose(data, forget)
-    opt.forget, opt.checksum = data["chosen"], data["checksum"]   # ' 3, 7' and '3,7' are one run
-    name = [data["name"], opt.forget.replace("/", "-"), opt.sde, opt.training, opt.recipe]
-    name = "-".join(v for v in name if v not in (None, sde, "finetune", "balanced"))
-    opt.sde, opt.out = opt.sde or sde, opt.out or str(pathlib.Path("runs", name))
+    first = ["standard"] if any(m == "standard" or from_standard(m, opt) for m in methods) else []
+    opt.methods = ",".join(dict.fromkeys([*first, *methods]))     # each once
+    forget, sde, *_ = DATASETS.get(opt.dataset, ("", "vp"))
+    data = choose(load_data(opt.dataset, opt.data_root), opt.forget or forget)
+    opt.forget, opt.checksum = data["chosen"], data["checksum"]  # ' 3, 7' and '3,7' are one run
+    words = [data["name"], opt.forget, opt.sde, opt.training, opt.recipe]
+    words = [word for word in words if word not in (None, sde, "finetune", "balanced")]
+    opt.sde, opt.out = opt.sde or sde, opt.out or f"runs/{'-'.join(words)}"
     _, channels, side, _ = data["train"].shape
     fill_in(opt, channels, side, describe("cpu"))
-    need((opt.sampler, opt.sde) != ("ancestral", "ddpm") or opt.sampler_steps <= 1000,
-         f"--sampler-steps: the chain has 1000 steps, not {opt.sampler_steps}")
     if opt.pretrained:
-        opt.network = load_model(opt.pretrained)[0].config        # of any --sde: it knows sigma
-        need(opt.network["image_channels"] == channels,
-             f"--pretrained {opt.pretrained}: is no model of images with {channels} channels")
+        opt.network = load_model(opt.pretrained)[0].config  # of any --sde: it knows sigma
     unit = opt.network["patch"] * 2 ** (len(opt.network["channels"]) - 1)
-    need(side % unit == 0 and side >= 8, f"{data['name']}: images are {side} pixels wide; "
-         f"they must be 8 or more, a multiple of {unit}")
+    need(channels == opt.network["image_channels"] and side in range(unit, 999, unit) and side > 7,
+         f"the network takes no images with {channels} channels, {side} pixels wide: {opt.network}")
     return opt, data
 
 def say(text, end="\n"):  # to standard error, if there is one
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=sys.stderr or io.StringIO(), flush=True)
-
-def replace_file(path, content):                 # a kill leaves the old file or the new one
+def replace_file(path, content):  # a kill leaves the old file or the new one
     path = pathlib.Path(path)
-    content = content.encode("utf-8", "replace") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}")                   # a kill may leave it: one name
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # a full disk must not stay full
+    content = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    path.with_name(f".{path.name}").write_bytes(content)
+    os.replace(path.with_name(f".{path.name}"), path)
 def save_json(path, content):
     replace_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
-def read_file(path, kind=None, advice=""):
-    """What finish wrote: dict(format, config, state, seconds); of a finished network of this kind
-    also network: with the averaged weights, frozen. Raises UsageError for anything else."""
-    need(os.path.exists(path), f"there is no file {path}")
+def read_file(path, kind=None):
+    """What finish wrote: dict(config, state, seconds); of a finished UNet or Judge (kind) also
+    network, with the averaged weights. Raises UsageError for anything else."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        need(saved["format"] == "sgu-2" and saved["state"]["step"] > 0, "")
+        need(saved["state"]["step"] > 0 and not (kind and "parts" in saved["state"]), "unfinished")
         if kind:
-            need("parts" not in saved["state"], "")               # else it is not finished
             saved["network"] = kind(**saved["config"]["network"]).eval().requires_grad_(False)
             saved["network"].load_state_dict(saved["state"]["weights"])
         return saved
-    except (OSError, MemoryError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
-    except Exception:  # unpickling fails in many ways
-        what = f"holds no finished {kind.__name__}" if kind else "is damaged or no file of sgu.py"
-        raise UsageError(f"{path} {what}{advice}") from None
+    except Exception as error:  # unpickling fails in many ways
+        raise UsageError(f"{path} is no whole file of sgu.py; name another, or another --out "
+                         f"({error!r:.99})") from None
 
 def finish(label, opt, job, kind=None, **config):
-    """Run job from where its file in --out left it to its end, saving every 30 s -> what read_file
-    gives. job(state=...) yields dict(step, steps, snapshot, ...); snapshot() is a state to go on
-    from; config: what its numbers depend on."""
+    """Run job from where its file left it, saving every 30 s -> what read_file gives. job(state=)
+    yields dict(step, steps, snapshot, ...); config: on what its numbers depend."""
     path = f"{opt.out}/{label.removeprefix('train ').replace(' ', '_')}.pt"
     config.update(data=opt.checksum, forget=opt.forget, seed=opt.seed, precision=opt.precision)
-    saved = dict(format="sgu-2", config=config, state=None, seconds=0.0)
+    saved, last = dict(config=config, state=None, seconds=0.0), time.time()
     if os.path.exists(path) and not opt.fresh:
-        saved = read_file(path, advice="; choose another --out, or --fresh to overwrite")
+        saved = read_file(path)
         old = saved["config"]
         new = "; ".join(f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v)
-        need(not new, f"{path} was made with other options ({new}); use those, another --out, or "
-             "--fresh to overwrite it")
-    begin = last = time.time()
-    first = saved["state"]["step"] if saved["state"] else 0
+        need(not new, f"{path} was made with other options ({new}): use another --out, or --fresh")
     for info in job(state=saved["state"]):
         now, step, steps = time.time(), info["step"], info["steps"]
+        spent = saved["seconds"] + now - last
         if step >= steps or now - last > 30:
-            saved.update(state=info["snapshot"](), seconds=saved["seconds"] + now - last)
-            buffer, last = io.BytesIO(), now                      # a full disk is then an OSError
+            saved.update(state=info["snapshot"](), seconds=spent)
+            buffer, last = io.BytesIO(), now
             torch.save(saved, buffer)
             replace_file(path, buffer.getbuffer())
-        if step >= steps or getattr(sys.stderr, "isatty", bool)():
-            left = (now - begin) / (step - first) * (steps - step)
-            note = " ".join(f"{k} {v:.4f}" for k, v in info.items() if isinstance(v, float))
-            say(f"{label:<28} {step}/{steps} {now - begin:5.0f} s, {left:.0f} s left  {note:<30}",
+        if step >= steps or sys.stderr and sys.stderr.isatty():
+            left = spent / step * (steps - step)
+            losses = " ".join(f"{k} {v:.4f}" for k, v in info.items() if isinstance(v, float))
+            say(f"{label:<28} {step}/{steps} {spent:.0f} s, {left:.0f} s left {losses:<30}",
                 end="\r" if step < steps else "\n")
     opt.seconds[label] = saved["seconds"]
     return read_file(path, kind) if kind else saved
-
-def remove_jobs(opt):  # of --fresh: a kill would mix old and new
-    tasks = ("", "samples_", "likelihood_D_?_*_", "inpaint_D_?_", "reconstruct_D_?_")
-    files = [f"{task}{m}.pt" for m in opt.methods.split(",") for task in tasks]
-    files += "judge.pt results.json table.md samples.png inpaint.png reconstruct.png".split()
-    for path in [path for name in files for path in pathlib.Path(opt.out).glob(name)]:
-        if opt.fresh and not (opt.pretrained and path.samefile(opt.pretrained)):
-            path.unlink()
-
-def load_model(path, device="cpu"):
-    """A finished <method>.pt -> (network, schedule): make_score of these two is its score."""
+def load_model(path, device="cpu"):  # a finished <method>.pt -> (network, schedule), for make_score
     saved = read_file(path, UNet)
     return saved["network"].to(device), SCHEDULES[saved["config"]["sde"]]()
 def load_judge(path, device="cpu"):  # a finished judge.pt -> its Judge, for opinions
     return read_file(path, Judge)["network"].to(device)
-
 def get_judge(opt, data):  # trained now or earlier: what read_file gives
     network = Judge(data["train"].shape[1], len(data["classes"]) + 1, opt.judge_width).config
     job = functools.partial(train_judge, data, opt.judge_width, opt.judge_steps, device=opt.device,
                             precision=opt.precision, seed=opt.seed)
     return finish("judge", opt, job, Judge, steps=opt.judge_steps, network=network)
-
 def text_of(function):  # changes with its own lines, not its helpers'
     try:
         text = [inspect.getsource(getattr(function, "func", function))]     # of a partial: its own
         text += [getattr(function, key, "") for key in ("args", "keywords")]
         text += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
         return zlib.crc32(re.sub(r" at 0x\w+", "", str(text)).encode())
-    except (OSError, TypeError):             # None; or typed in at a prompt: edits go unseen
+    except (OSError, TypeError):  # None; or typed in at a prompt: edits go unseen
         return getattr(function, "__name__", None)
 
 def get_model(method, opt, data):  # trained now or earlier: what read_file gives
-    how, sde, gone = METHODS[method], SCHEDULES[opt.sde](), is_forgotten(data, "train")
-    standard, standard_score = opt.pretrained or f"{opt.out}/standard.pt", None
     if method == "standard" and opt.pretrained:
-        return read_file(standard, UNet)
+        return read_file(opt.pretrained, UNet)
+    how, sde, gone = METHODS[method], SCHEDULES[opt.sde](), is_forgotten(data, "train")
+    alpha = how.alpha if opt.alpha is None or not how.loss else opt.alpha
     recipe, window = RECIPES[opt.recipe]._replace(precision=opt.precision), EVERY_SIGMA
     if opt.recipe == "balanced":
-        std, window = opt.network["data_std"], how.window
-        weights = balanced_weight(sde, std), balanced_weight(sde, std, how.power)
-        recipe = recipe._replace(noise_law=opt.noise_law, weighting=weights)
-    alpha = how.alpha if opt.alpha is None or not how.loss else opt.alpha
+        weights = tuple(balanced_weight(sde, opt.network["data_std"], p) for p in (1, how.power))
+        recipe, window = recipe._replace(noise_law=opt.noise_law, weighting=weights), how.window
     given = dict(alpha=alpha, window=window, steps=opt.steps, lr=opt.lr, batch_size=opt.batch_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(opt.seed)
-        model = UNet(**opt.network).to(opt.device)
+    torch.manual_seed(opt.seed)
+    model, score = UNet(**opt.network).to(opt.device), None
     if from_standard(method, opt):
-        reference = load_model(standard, opt.device)[0]
+        reference = load_model(opt.pretrained or f"{opt.out}/standard.pt", opt.device)[0]
         model.load_state_dict(reference.state_dict())
-        standard_score = make_score(reference, sde, precision=opt.precision)
+        score = make_score(reference, sde, precision=opt.precision)
         given["steps"] = opt.unlearn_steps or max(1, round(how.share * opt.steps))
         given["lr"] *= how.pace
     config = dict(given, method=method, keep=how.keep, power=how.power, sde=opt.sde,
-                  recipe=opt.recipe, network=opt.network, schedule=text_of(SCHEDULES[opt.sde]),
-                  training=("retrain", "finetune")[from_standard(method, opt)],
-                  noise_law=recipe.noise_law, start=checksum(model.state_dict().values()),
-                  loss=text_of(how.loss), prepare=text_of(how.prepare))
-    keep, forget = data["train"] if how.keep == "D" else data["train"][~gone], data["train"][gone]
-    if data["train"].shape[1] == 3 and len(gone) < 10_000:        # few photographs: mirrored, too
-        keep, forget = (torch.cat([x, x.flip(3)]) for x in (keep, forget))
-    arguments = dict(given, model=model, ema=copy.deepcopy(model).requires_grad_(False), sde=sde,
-                     keep=keep.to(opt.device), forget=forget.to(opt.device) if how.loss else None,
-                     forget_loss=how.loss, recipe=recipe, seed=opt.seed)
-    if how.prepare:
-        arguments = how.prepare(standard_score, arguments)
+                  recipe=opt.recipe, network=opt.network, noise_law=recipe.noise_law,
+                  start=checksum(model.state_dict().values()), loss=text_of(how.loss),
+                  schedule=text_of(SCHEDULES[opt.sde]), prepare=text_of(how.prepare))
+    x = data["train"].to(opt.device)
+    if x.shape[1] == 3 and len(x) < 10_000:  # few photographs: mirrored, too
+        x, gone = torch.cat([x, x.flip(3)]), gone.repeat(2)
+    given.update(model=model, ema=copy.deepcopy(model).requires_grad_(False), sde=sde,
+                 keep=x if how.keep == "D" else x[~gone], forget=x[gone] if how.loss else None,
+                 forget_loss=how.loss, recipe=recipe, seed=opt.seed)
+    given = how.prepare(score, given) if how.prepare else given
     if opt.compile:
         model.compile()
-    return finish(f"train {method}", opt, functools.partial(train, **arguments), UNet, **config)
+    return finish(f"train {method}", opt, functools.partial(train, **given), UNet, **config)
 
-def chunks(n, size, compute, state=None):
-    """A job: compute(rows) for slices of range(n), joined in state["values"]."""
-    values = list(state["values"].split(size)) if state else []
-    if state and state["step"] < n and len(values[-1]) < size:
-        values.pop()  # as if n had always been so
-    done = sum(map(len, values))
+def chunks(n, size, compute, state=None):  # a job: compute(rows) for all slices of range(n)
+    done = state["step"] if state else 0
+    done -= done % size if done < n else 0  # half a chunk is made anew: n makes no difference
+    values = [state["values"][:done]] if state else []
     while done < n:
         values.append(compute(slice(done, min(done + size, n))))
         need(values[-1].isfinite().all(), "the network diverged; lower --lr", FloatingPointError)
         done += len(values[-1])
         yield dict(step=done, steps=n, snapshot=lambda: dict(step=done, values=torch.cat(values)))
-
-def upper_half_hidden(x):                        # of (..., H, W): the mask, 0 above and 1 below
+def upper_half_hidden(x):  # of (..., H, W): the mask, 0 above and 1 below
     return (torch.arange(x.shape[-2]) >= x.shape[-2] // 2).float()[:, None].expand(x.shape[-2:])
-
 def values_of(method, network, opt, task, x, steps=None):
-    """What a task makes of one network, computed now or earlier: images (n, C, H, W) uint8, or for
-    'likelihood' bits/dim (n,). x: test images, of whose shape samples are. Random numbers depend on
-    --seed and the chunk and place (likelihood: the image) alone: the same for every method."""
-    sde, nll, n, how = SCHEDULES[opt.sde](), "likelihood" in task, len(x), {}
+    """What a task makes of one network and x: (n, C, H, W) uint8, whose shape samples have -> as
+    many images, or bits/dim (n,). Every method meets the same random numbers, chunk by chunk."""
+    sde, nll = SCHEDULES[opt.sde](), "likelihood" in task
     score = make_score(network, sde, precision="float32" if nll else opt.precision)
+    config = dict(sde=opt.sde, network=checksum(network.state_dict().values()))
     size = max(4, min(50, 3200 // steps)) if nll else 50
     if task == "samples":
-        n, size, how = opt.samples, 100, dict(sampler=opt.sampler, sampler_steps=opt.sampler_steps)
+        size, config["sampler"], config["sampler_steps"] = 100, opt.sampler, opt.sampler_steps
     def compute(rows):
         g = torch.Generator(opt.device).manual_seed(opt.seed * 1_000_003 + rows.start * (not nll))
-        if task == "samples":
-            shape = (rows.stop - rows.start, *x.shape[1:])
-            return to_levels(SAMPLERS[opt.sampler](score, sde, shape, opt.sampler_steps,
-                                                   generator=g, device=opt.device))
         clean = from_levels(x[rows].to(opt.device))
         if nll:
             return bits_per_dim(score, sde, clean, steps, generator=g).cpu()
         if "inpaint" in task:
             return to_levels(inpaint(score, sde, clean, upper_half_hidden(x), generator=g))
-        return to_levels(reconstruct(score, sde, clean, generator=g))
-    how.update(sde=opt.sde, network=checksum(network.state_dict().values()))
-    job = functools.partial(chunks, n, size, compute)
-    return finish(f"{task} {method}", opt, job, **how)["state"]["values"][:n]
+        if "reconstruct" in task:
+            return to_levels(reconstruct(score, sde, clean, generator=g))
+        return to_levels(SAMPLERS[opt.sampler](score, sde, clean.shape, opt.sampler_steps,
+                                               generator=g, device=opt.device))
+    job = functools.partial(chunks, len(x), size, compute)
+    return finish(f"{task} {method}", opt, job, **config)["state"]["values"][:len(x)]
 
 def likelihoods(parts, make):
-    """Bits/dim of parts D_g and D_f, in ever finer steps, to 512, until the error is below a tenth
-    of the standard error -> their entry in the results, {D_g: (n,), D_f: (n,)}."""
+    """Bits/dim of D_g and D_f, in ever finer steps, to 512, until the error is below a tenth of the
+    standard error -> entry of the results, {D_g: (n,), D_f: (n,)}."""
     entry, values = dict(n={}, se={}, steps={}, error={}, converged={}), {}
     for key, (x, _) in parts.items():
         bits, steps, done = make(f"likelihood {key} 16", x, 16), 16, False
@@ -1274,114 +1095,101 @@ def likelihoods(parts, make):
             error = float(flow_error(bits, coarse).mean())
             se = float(bits.std()) / math.sqrt(len(x)) if len(x) > 1 else None
             done = error < 0.1 * (se or 0.1)
-        entry[key], values[key] = float(bits.mean()), bits
-        for name, value in dict(n=len(x), se=se, steps=steps, error=error, converged=done).items():
+        for name, value in zip(entry, (len(x), se, steps, error, done)):
             entry[name][key] = value
+        entry[key], values[key] = float(bits.mean()), bits
     return entry, values
-
-def restored(before, after, labels, judge):      # what the judge sees after inpaint or reconstruct
+def share(hits):  # of what is true
+    return float(hits.float().mean())
+def restored(before, after, labels, judge):  # what the judge sees after inpaint or reconstruct
     (was, clean), (now, features) = opinions(judge, before), opinions(judge, after)
     right, n = int((now.argmax(1) == labels).sum()), len(labels)
     return dict(accuracy=right / n, ci95=wilson(right, n), n=n,
-                clean=float((was.argmax(1) == labels).float().mean()),
+                clean=share(was.argmax(1) == labels),
                 distance=float((features - clean).norm(dim=1).mean()))
 
-def cells(entry):  # a method's column: {(section, row): text}
-    def interval(value, ends, unit=100, form=".1f"):
-        low, high = (f"{unit * v:{form}}" for v in ends or (math.nan, math.nan))
-        return f"{unit * value:{form}} [{low}, {high}]"
-    found, ratio, nll = {}, entry.get("unlearning_ratio", {}), entry.get("nll_bits_per_dim")
-    for row in [row for row in ratio if row not in ("n", "ci95")]:
-        ends = wilson(round(ratio[row] * ratio["n"]), ratio["n"])
-        found["unlearning ratio, %", row] = interval(ratio[row], ends)
-    if ratio:
-        found["none or unsure, %", ""] = f"{100 * entry['unsure']:.1f}"
-        for row, key in (("of samples kept", "frechet_kept"), ("of real images", "frechet_real")):
-            value = math.nan if entry[key] is None else entry[key]
-            found["distance", row] = f"{value:.2f} (n = {entry['kept']})"
-    for row in ("D_g", "D_f") if nll else ():
-        error = "" if nll["se"][row] is None else f" ± {nll['se'][row]:.2f}"
-        error += "" if nll["converged"][row] else " not converged"
-        found["NLL, bits/dim", row] = f"{nll[row]:.2f}{error}"
-    for task in ("inpaint", "reconstruct"):
-        for row, v in entry.get(task, {}).items():
-            found[f"{task}, % right", row] = interval(v["accuracy"], v["ci95"])
-    for other in ("minus unseen", "minus standard"):
-        for row, v in entry.get(other, {}).items():
-            how = (100, "+.1f") if row == "ratio" else (1, "+.2f")
-            found[other, row] = interval(v["mean"], v["ci95"], *how)
-    return found
+def flat(entry, title=""):
+    """A method's entry in the results -> {row: text}, intervals and errors beside the values."""
+    rows, ends, se = {}, entry.get("ci95"), entry.get("se", {})
+    for key, value in entry.items():
+        if key in ("recipe", "class_histogram", "n", "se", "steps", "error", "converged"):
+            continue
+        if isinstance(value, dict):
+            rows |= flat(value, f"{title}{key} ")
+        elif isinstance(value, (int, float)):
+            text = f"{value:.3f}" if isinstance(value, float) else str(value)
+            if ends and key in ("total", "accuracy", "mean"):
+                text += f" [{ends[0]:.3f}, {ends[1]:.3f}]"
+            text += f" ± {se[key]:.3f}" if se.get(key) else ""
+            text += "" if entry.get("converged", {}).get(key, True) else " not converged"
+            rows[title + key] = text
+    return rows
 
 def save_table(results, out):
-    """results.json turned on its side, into table.md and to standard output: a column per method,
-    and under a row the paper's, where notebooks/paper.json is at hand and has it."""
+    """results.json turned on its side, to table.md and the terminal: a row per figure, a column per
+    method, and below the paper's, in percent or bits/dim, where notebooks/paper.json has it."""
     config, path = results["config"], pathlib.Path(__file__).with_name("notebooks") / "paper.json"
     tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    paper = {n: tables.get(n, {}).get(f"{results['data']},{config['sde']}", {}) for n in "2345"}
-    first = "5" if config["training"] == "finetune" and paper["5"] else "2"
-    numbers = {"unlearning ratio, %": first, "NLL, bits/dim": first, "inpaint, % right": "3",
-               "reconstruct, % right": "4"}
-    if {*paper[first]} - {"total", "D_g", "D_f"} != {*config["forget"].split(",")}:
-        numbers = {}  # it forgot something else
-    columns = {method: cells(entry) for method, entry in results["methods"].items()}
+    key = f"{results['data']},{config['sde']}"
+    tuned = config["training"] == "finetune" and key in tables.get("5", {})
+    number = "5" if tuned else "2"
+    paper = tables.get(number, {}).get(key, {})
+    if {*paper} - {"total", "D_g", "D_f"} != {*config["forget"].split(",")}:
+        paper = {}                                                # it forgot something else
+    columns = {method: flat(entry) for method, entry in results["methods"].items()}
     rows = [["", *(METHODS[method].title for method in columns)]]
-    for section, row in dict.fromkeys(key for column in columns.values() for key in column):
-        rows.append([f"{section} {row}", *(v.get((section, row), "") for v in columns.values())])
-        number = numbers.get(section)
-        if number and row in paper[number]:
-            theirs = dict(zip(tables["columns"], map(str, paper[number][row])))
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        rows.append([name, *(column.get(name, "") for column in columns.values())])
+        figure, _, part = name.partition(" ")
+        if figure in ("unlearning_ratio", "nll_bits_per_dim") and part in paper:
+            theirs = dict(zip(tables["columns"], map(str, paper[part])))
             rows.append([f"  the paper, Table {number}", *(theirs.get(m, "") for m in columns)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
-    judge, lines = results["judge"], [" | ".join(map(str.ljust, row, widths)) for row in rows]
+    lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
+    judge = results["judge"]
     title = (f"`{results['command']}`, {results['device']}. The judge is right on "
              f"{judge['test_accuracy']:.2%} of the test images; it sees {judge['floor']:.2%} "
              f"forgotten in those of D_g (its floor), none of these in {judge['none']:.2%} of all.")
-    text = "\n".join([title, "", *(f"| {line} |" for line in lines), ""])
+    text = "\n".join([title, "", *lines, ""])
     replace_file(f"{out}/table.md", text)
-    text += f"\nPictures, table and all numbers are in {out}"
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text += f"\nPictures, table and all numbers are in {out}"
     print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 def draw_picture(path, rows, judge, forget):
     """rows: {title: images (n, C, H, W) uint8} -> a PNG; what the judge calls forgotten framed."""
-    from PIL import Image, ImageDraw
-    strips, buffer = [], io.BytesIO()
-    for x in rows.values():
-        hit = torch.isin(opinions(judge, x)[0].argmax(1), torch.tensor(forget))[:, None]
-        x = x[:, :3] if x.shape[1] > 2 else x[:, :1].expand(-1, 3, -1, -1)
-        x = F.interpolate(x, scale_factor=max(1, 56 // x.shape[2]))
-        colour = torch.where(hit, torch.tensor([230, 159, 0]), 255).byte()[:, :, None, None]
-        tiles = colour.repeat(1, 1, x.shape[2] + 6, x.shape[3] + 6)
-        tiles[:, :, 3:-3, 3:-3] = x
-        strips.append(F.pad(torch.cat(list(tiles), dim=2), (130, 0), value=255))
-    page = Image.fromarray(torch.cat(strips, dim=1).permute(1, 2, 0).contiguous().numpy())
-    for i, title in enumerate(rows):
-        ImageDraw.Draw(page).text((4, (i + 0.4) * page.height // len(rows)), title, fill="black")
-    page.save(buffer, "PNG")
-    replace_file(path, buffer.getvalue())
+    from PIL import Image, ImageDraw, ImageOps
+    n, _, side, _ = next(iter(rows.values())).shape
+    size = side * max(1, 64 // side)
+    page = Image.new("RGB", (130 + n * (size + 6), len(rows) * (size + 6)), "white")
+    for y, (title, x) in zip(range(0, page.height, size + 6), rows.items()):
+        ImageDraw.Draw(page).text((4, y + size // 2), title, fill="black")
+        hit = torch.isin(opinions(judge, x)[0].argmax(1), torch.tensor(forget))
+        for i, image in enumerate(x[:, :3].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
+            tile = Image.fromarray(image).resize((size, size), Image.NEAREST)
+            tile = ImageOps.expand(tile, 3, "#e69f00" if hit[i] else "white")
+            page.paste(tile, (130 + i * (size + 6), y))
+    page.save(path)
 
 @torch.inference_mode(False)
 def run(opt, judge=None):
-    """The experiment -> the content of results.json. What was finished earlier is read from --out.
-    judge: instead of ours, a module with features and head."""
-    usual, places = vars(Options()), ("out", "data_root", "fresh")        # these are left out
-    asked = {k: v for k, v in vars(opt).items() if v != usual.get(k) and k not in places}
-    words = [word for argument in as_arguments(asked) for word in argument.split("=", 1)]
+    """The experiment -> the content of results.json. judge: a module with features and head, or
+    None: ours. What was finished earlier is read from --out."""
+    places = ("out", "data_root", "fresh")
+    words = as_words({k: v for k, v in vars(opt).items() if k not in places})
     opt, data = resolve(opt)
     config, machine, opt.seconds = dict(vars(opt)), describe(opt.device), {}
-    say(f"{data['name']}: forget {opt.forget} of {len(data['classes'])} classes, {opt.sde}, "
-        f"{opt.steps} steps of {opt.batch_size}, {machine}, {opt.precision}; results in {opt.out}")
+    say(f"{data['name']}: forget {opt.forget} in {opt.steps} steps, {machine}, in {opt.out}")
 
-    remove_jobs(opt)
-    judge = get_judge(opt, data)["network"].to(opt.device) if judge is None else judge
+    judge = judge or get_judge(opt, data)["network"].to(opt.device)
     gone, forget = is_forgotten(data, "test"), torch.tensor(data["forget"])
     real = opinions(judge, data["train"][~is_forgotten(data, "train")][:opt.samples])[1]
     probs, features = opinions(judge, data["test"])
     label, reference = probs.argmax(1), features[~gone]
-    facts = dict(test_accuracy=float((label == data["test_labels"]).float().mean()),
-                 floor=float(torch.isin(label[~gone], forget).float().mean()),
-                 none=float((label >= len(data["classes"])).float().mean()))
+    facts = dict(test_accuracy=share(label == data["test_labels"]),
+                 floor=share(torch.isin(label[~gone], forget)),
+                 none=share(label >= len(data["classes"])))
     if facts["test_accuracy"] < 0.9:
         say(f"sgu: warning: the judge is right on {facts['test_accuracy']:.1%} of test images only")
     parts = {part: [data[key][rows][:opt.likelihood_samples] for key in ("test", "test_labels")]
@@ -1394,7 +1202,7 @@ def run(opt, judge=None):
         entry = dict(recipe={k: model["config"][k] for k in ("alpha", "steps", "lr", "window")})
         methods[method], pairs[method] = entry, {}
         if "sample" in opt.tasks:
-            images = make("samples", data["test"])
+            images = make("samples", data["test"][:1].expand(opt.samples, -1, -1, -1))
             probs, features = opinions(judge, images)
             entry.update(judged(probs, features, data, reference, real))
             pairs[method]["ratio"] = torch.isin(probs.argmax(1), forget)
@@ -1408,7 +1216,7 @@ def run(opt, judge=None):
             tests = torch.cat([x[:8] for x, _ in parts.values()])
             rows = pictures.setdefault(task, {"test images": tests})
             rows[title] = torch.cat([x[:8] for x in images.values()])
-    for other in [other for other in ("unseen", "standard") if other in methods]:
+    for other in [m for m in ("unseen", "standard") if m in methods]:
         for method in [method for method in methods if method != other]:
             methods[method][f"minus {other}"] = {
                 key: paired(v, pairs[other][key]) for key, v in pairs[method].items()}
@@ -1423,25 +1231,23 @@ def run(opt, judge=None):
     save_table(results, opt.out)
     return results
 
-def main(argv=None):
-    """The command line. Exit codes: 0 done, 2 something to mend (a line says what), 130 Ctrl-C."""
+def main(argv=None):  # exit codes: 0 done, 2 something to mend (a line says what), 130 Ctrl-C
     try:
         run(parse_options(argv))
-        return 0
     except BrokenPipeError:  # all is saved; nobody reads on
         sys.stdout = open(os.devnull, "w")
         return 0
     except KeyboardInterrupt:
         say("\nsgu: stopped; the same command goes on from the last save (without --fresh)")
         return 130
-    except (UsageError, FloatingPointError) as error:
+    except (UsageError, FloatingPointError, OSError) as error:
         text = str(error)
-    except OSError as error:
-        text = f"cannot write {error.filename or 'the results'} ({error.strerror or error})"
     except RuntimeError as error:
         if "memory" not in str(error) and not type(error).__module__.startswith("torch._"):
             raise
         text = f"{str(error)[:200]}: more memory, a smaller --batch-size or no --compile is needed"
+    else:
+        return 0
     say(f"sgu: {' '.join(text.split())}")
     return 2
 
