@@ -265,6 +265,7 @@ def relative_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=N
     with torch.no_grad():
         e_ref = predict_noise(reference, sde, x0, t, z.view_as(x0), generator)[1]
     return (loss_weight(sde, t, weighting) * (e * (z - e_ref)).mean(1)).mean()
+
 def sgu_loss(keep_loss, forget_loss, alpha):                      # Eq. 11, of two loss values
     return alpha * keep_loss + (1 - alpha) * forget_loss
 
@@ -295,6 +296,7 @@ def reverse_step(score, sde, x, t, t_next, generator):            # Euler-Maruya
     dt, g = float(t - t_next), float(sde.diffusion(t))
     drift = sde.drift(x, t.reshape(1).to(x)) - g ** 2 * score_at(score, x, t)
     return x - drift * dt + g * math.sqrt(dt) * noise_like(x, generator)
+
 def langevin_step(score, sde, x, t, snr, generator):              # a corrector: p_t nearly stays
     eps = 2 * (snr * sde.at(t)[1]) ** 2       # not 2 (snr |z|/|score|)^2: unlearned scores reach 0
     return x + eps * score_at(score, x, t) + math.sqrt(2 * eps) * noise_like(x, generator)
@@ -308,6 +310,7 @@ def move(mean, sde, x, t, t_next, generator, noisy=True):
         return a_next * (mean + r * (x / a - mean))
     z = noise_like(x, generator)
     return a_next * (mean + r ** 2 * (x / a - mean)) + s_next * math.sqrt(1 - r ** 2) * z
+
 def ancestral_step(score, sde, x, t, t_next, generator):
     """DDPM's own, for every schedule. Unlike Euler-Maruyama's it leaves no excess noise if long."""
     return move(denoise(score, sde, x, t), sde, x, t, t_next, generator)
@@ -329,6 +332,7 @@ def walk(step, score, sde, x, grid, generator):
     for t, t_next in zip(grid, grid[1:]):
         x = step(score, sde, x, t, t_next, generator)
     return denoise(score, sde, x, grid[-1])
+
 def draw(step, score, sde, shape, grid, generator, device):       # a walk that starts from noise
     return walk(step, score, sde, sde.prior_sample(shape, generator, device), grid, generator)
 
@@ -352,8 +356,11 @@ def ancestral_sample(score, sde, shape, steps=None, generator=None, device=None)
     return draw(ancestral_step, score, sde, shape, grid, generator, device)
 
 def multistep_sample(score, sde, shape, steps=20, generator=None, device=None, noisy=True):
+    """Samples by the steps of multistep: shape = (B, ...) -> x. noisy=False: of the flow below."""
     return draw(multistep(noisy), score, sde, shape, time_grid(sde, steps), generator, device)
+
 def ode_sample(score, sde, shape, steps=18, generator=None, device=None):
+    """Samples of the probability flow of section 5: random is only where it starts."""
     return multistep_sample(score, sde, shape, steps, generator, device, noisy=False)
 SAMPLERS = dict(em=euler_maruyama, pc=predictor_corrector, ancestral=ancestral_sample,
                 multistep=multistep_sample, ode=ode_sample)
@@ -416,7 +423,8 @@ def log_likelihood(score, sde, x, steps=32, probes=1, exact=False, generator=Non
 def flow_error(fine, coarse):   # of half the steps: 1/15 of the gap if they are short, 1/2 if long
     return (fine - coarse).abs() / 8
 
-def to_levels(x):                                # clamped to [-1, 1] -> levels 0..255, on the CPU
+def to_levels(x):
+    """Images, clamped to [-1, 1] -> their 8-bit levels 0..255, uint8 on the CPU."""
     need(x.is_floating_point(), f"to_levels needs images in [-1, 1], not {x.dtype}")
     need(not x.isnan().any(), "NaN images: train with a lower --lr", FloatingPointError)
     return ((x.clamp(-1, 1) + 1) * 128).floor().clamp(max=255).to(torch.uint8).cpu()
@@ -483,6 +491,7 @@ DIGIT_NOISE, PHOTO_NOISE = (0.2, 1.1, 8), (-1.2, 1.2, 32)         # (centre, spr
 EVERY_SIGMA = (0.0, 1e6)                                          # JSON has no infinity
 
 class Recipe(NamedTuple):
+    """How to train: at which noise levels, with which weights, in which arithmetic."""
     noise_law: Any = DIGIT_NOISE     # (centre, spread, k), or None: t uniform
     weighting: Any = "balanced"      # powers 1 (keep), 1/2 (forget); or as in section 3; or a pair
     precision: str = "float32"       # or 'bfloat16'
@@ -789,11 +798,13 @@ def opinions(judge, x):
         found.append((judge.head(features).softmax(1).cpu(), features.cpu()))
     return tuple(map(torch.cat, zip(*found)))
 
-def wilson(k, n, z=1.959964):  # 95% interval of a proportion k/n: [low, high]
+def wilson(k, n, z=1.959964):
+    """95% interval [low, high] of a proportion k/n (Wilson), fractions."""
     centre, half = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
     return [max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))]
 
-def paired(a, b):  # (n,) each: mean of a - b, 95% interval if n > 1
+def paired(a, b):
+    """a - b on the same n samples, (n,) each: its mean and 95% interval (normal; n = 1: None)."""
     d = a.double() - b.double()
     mean, spread = float(d.mean()), float(d.std(correction=min(1, len(d) - 1)))
     half = 1.959964 * spread / math.sqrt(len(d))
@@ -863,7 +874,8 @@ PRESETS = {  # (data set or largest side of the image, device): COLUMNS
     (64, "cpu"): ((32, 64, 128), 1, 2, *PHOTO, 4000, 32, 4e-3, 500, 50, 16, 1500),
     (64, "cuda"): ((96, 192, 384), 1, 2, *PHOTO, 20000, 128, 3e-3, 10000, 250, 64, 4000)}
 
-def parse_options(argv=None):  # argv -> the options of the command, checked, or UsageError
+def parse_options(argv=None):
+    """argv -> the options of the command, checked. Raises UsageError."""
     cli = argparse.ArgumentParser("sgu.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     cli.error, add = functools.partial(need, False), cli.add_argument
     add("--dataset", default="glyphs", help=f"{', '.join(DATASETS)} or an .npz")
@@ -903,6 +915,7 @@ def as_words(options):  # dict(lr=0.1, fresh=True) -> --lr 0.1 --fresh; defaults
     return [str(word) for pair in given.items() for word in pair if word is not True]
 def Options(**given):  # the same by name, checked in the same way
     return parse_options(as_words(given))
+
 def describe(device):  # the machine in words, for the results
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -912,6 +925,7 @@ def describe(device):  # the machine in words, for the results
     return f"{name}{' (bfloat16)' * ('_bf16' in info)}, {n} thread{'s' * (n > 1)}"
 def from_standard(method, opt):  # is this method trained on from Standard?
     return (METHODS[method].start or opt.training) in ("standard", "finetune")
+
 def fill_in(opt, channels, side, machine):  # what is open, by PRESETS
     fast = opt.device == "cuda" or "bfloat16" in machine
     keys = [(size, opt.device) for size in (opt.dataset, *range(side, 65))]
@@ -948,6 +962,7 @@ def resolve(opt):
 def say(text, end="\n"):  # to standard error, if there is one
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=sys.stderr or io.StringIO(), flush=True)
+
 def replace_file(path, content):  # a kill leaves the old file or the new one
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -997,16 +1012,20 @@ def finish(label, opt, job, kind=None, **config):
                 end="\r" if step < steps else "\n")
     opt.seconds[label] = saved["seconds"]
     return read_file(path, kind) if kind else saved
-def load_model(path, device="cpu"):  # a finished <method>.pt -> (network, schedule), for make_score
+
+def load_model(path, device="cpu"):
+    """A finished <method>.pt -> (network, schedule): make_score of these two is its score."""
     saved = read_file(path, UNet)
     return saved["network"].to(device), SCHEDULES[saved["config"]["sde"]]()
 def load_judge(path, device="cpu"):  # a finished judge.pt -> its Judge, for opinions
     return read_file(path, Judge)["network"].to(device)
+
 def get_judge(opt, data):  # trained now or earlier: what read_file gives
     network = Judge(data["train"].shape[1], len(data["classes"]) + 1, opt.judge_width).config
     job = functools.partial(train_judge, data, opt.judge_width, opt.judge_steps, device=opt.device,
                             precision=opt.precision, seed=opt.seed)
     return finish("judge", opt, job, Judge, steps=opt.judge_steps, network=network)
+
 def text_of(function):  # changes with its own lines, not its helpers'
     try:
         text = [inspect.getsource(getattr(function, "func", function))]     # of a partial: its own
@@ -1058,8 +1077,10 @@ def chunks(n, size, compute, state=None):  # a job: compute(rows) for all slices
         need(values[-1].isfinite().all(), "the network diverged; lower --lr", FloatingPointError)
         done += len(values[-1])
         yield dict(step=done, steps=n, snapshot=lambda: dict(step=done, values=torch.cat(values)))
+
 def upper_half_hidden(x):  # of (..., H, W): the mask, 0 above and 1 below
     return (torch.arange(x.shape[-2]) >= x.shape[-2] // 2).float()[:, None].expand(x.shape[-2:])
+
 def values_of(method, network, opt, task, x, steps=None):
     """What a task makes of one network and x: (n, C, H, W) uint8, whose shape samples have -> as
     many images, or bits/dim (n,). Every method meets the same random numbers, chunk by chunk."""
@@ -1101,6 +1122,7 @@ def likelihoods(parts, make):
     return entry, values
 def share(hits):  # of what is true
     return float(hits.float().mean())
+
 def restored(before, after, labels, judge):  # what the judge sees after inpaint or reconstruct
     (was, clean), (now, features) = opinions(judge, before), opinions(judge, after)
     right, n = int((now.argmax(1) == labels).sum()), len(labels)
