@@ -36,7 +36,7 @@ def per_sample(v, x):                                             # (B,) -> (B, 
 # f = -beta(t) x / 2 is linear in x, so x_t = a x0 + s z with a' = -beta a / 2 and d(s^2)/dt =
 # -beta s^2 + g^2. The noise level sigma = s/a is the clock that all schedules share.
 class Schedule:
-    """Defines marginal(t) -> a, s; diffusion(t) -> g; time(sigma) -> t; beta(t) unless a is 1."""
+    """Subclass: marginal(t) -> a, s; diffusion(t) -> g; time(sigma) -> t; beta(t) unless a is 1."""
     t_min = 0.0                                # the smallest t that training and samplers visit
     def beta(self, t):
         return torch.zeros_like(t)
@@ -118,7 +118,7 @@ class DDPM(VP):
         k = torch.searchsorted(-knots, -log_a).clamp(1, self.n_steps)
         return (k - (log_a - knots[k]) / (knots[k - 1] - knots[k])) / self.n_steps
 
-SCHEDULES = dict(ve=VE, vp=VP, ddpm=DDPM)
+SCHEDULES = dict(ve=VE, vp=VP, ddpm=DDPM)      # --sde; add your own, made without arguments
 
 # ==== 2. The network: a small U-Net, and the score made from it ===================================
 conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
@@ -205,7 +205,7 @@ def make_score(model, sde, data_std=None, precision="float32"):
 # R = (1 - alpha) w_f q_f(t) p_f(x_t) / (alpha w_g q_g(t) p_g(x_t)) says how far forgetting prevails
 # at (x_t, t): w are the weights of the two losses, q the densities from which they draw t; and
 # C = E[z z^T | x_t] under p_f. Notebook 8 derives all this, toy_gmm.py has it in numbers.
-# Signs: score.u = e.z/s^2, so descending e.z turns the score away from where D_f lies. The network
+# Signs: score.u = e.z/s^2; lowering it turns the score away from u, the way to D_f. The network
 # sees x_t, not z, so Orthogonal takes from e what is along e_f, the mean z; e_g points nearly the
 # same way, so little is left. Obtuse and Relative, linear in e, have no minimum without keeping.
 
@@ -223,8 +223,8 @@ def predict_noise(score, sde, x0, t, z, generator):
     return t, e.flatten(1), z.flatten(1)
 
 def loss_weight(sde, t, weighting, power=0):
-    """w(t): (B,). 'noise': 1, and no noise level drowns another. 'paper': lambda(t) = s^2 on losses
-    in score units, so 1 on those above, 1/s^2 (power 2) on Eq. 9, which is squared, and for a DDPM
+    """w(t): (B,). 'noise': 1, no level drowns another. 'paper': lambda(t) = s^2 on losses of score
+    and u, so 1 on those of e and z, 1/s^2 (power 2) on Eq. 9, which is squared, and for a DDPM
     Eq. 12's variational weight with sigma_k^2 = beta_k. Or a function of t: (B,) -> (B,)."""
     if callable(weighting):
         return weighting(t)
@@ -237,7 +237,8 @@ def loss_weight(sde, t, weighting, power=0):
 
 def balanced_weight(sde, data_std=0.5, power=1.0):
     """t -> (total/data_std)^(2 power): F's gradients become equally large at every t, though e has
-    F times data_std/total (make_score): power 1/2 for e.z, 1 if e - z or z - e_ref shrinks too."""
+    F times data_std/total. power: 1/2 for e.z, 1 where the other factor, e - z or z - e_ref, has
+    it too."""
     return lambda t: (1 + (sde.sigma(t) / data_std) ** 2) ** power
 
 def score_matching_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
@@ -312,12 +313,12 @@ def move(mean, sde, x, t, t_next, generator, noisy=True):
     return a_next * (mean + r ** 2 * (x / a - mean)) + s_next * math.sqrt(1 - r ** 2) * z
 
 def ancestral_step(score, sde, x, t, t_next, generator):
-    """DDPM's own, for every schedule. Unlike Euler-Maruyama's it leaves no excess noise if long."""
+    """DDPM's own, for every schedule. Unlike Euler-Maruyama's, long steps leave no excess noise."""
     return move(denoise(score, sde, x, t), sde, x, t, t_next, generator)
 
 def multistep(noisy):
-    """A new step for one walk: it extrapolates the mean image from its last two to half way, h/2
-    further in log sigma: second order at the same price (DPM-Solver++(2M), Lu et al. 2022)."""
+    """A step with a memory, for one walk: the mean image, extrapolated from the last two to h/2
+    ahead in log sigma, is of second order at the same price (DPM-Solver++(2M), Lu et al. 2022)."""
     last = {}
     def step(score, sde, x, t, t_next, generator):
         mean, h = denoise(score, sde, x, t), float((sde.sigma(t) / sde.sigma(t_next)).log())
@@ -352,6 +353,7 @@ def ancestral_sample(score, sde, shape, steps=None, generator=None, device=None)
     n = steps or getattr(sde, "n_steps", 100)
     grid = time_grid(sde, n)
     if isinstance(sde, DDPM):
+        need(n <= sde.n_steps, f"ancestral steps must be in 1..{sde.n_steps}, not {n}")
         grid = torch.linspace(sde.n_steps, 0, n + 1, dtype=torch.float64).round()[:-1] / sde.n_steps
     return draw(ancestral_step, score, sde, shape, grid, generator, device)
 
@@ -406,9 +408,9 @@ def integrate_flow(score, sde, x, steps, vectors, n):
 
 @torch.inference_mode(False)                                      # it ends no_grad, too
 def log_likelihood(score, sde, x, steps=32, probes=1, exact=False, generator=None, error=False):
-    """log p(x) of x: (B, ...), strictly log p_t at t = sde.t_min -> (B,) in nats, float64. probes:
-    random signs per image, whose spread is part of every value; exact: D unit vectors instead.
-    error: -> (log p, the error of its integration, judged by half the steps)."""
+    """log p(x) of x: (B, ...), strictly log p_t at t = sde.t_min -> (B,) in nats, float64, by a
+    score that is differentiable in x. probes: random signs per image, whose spread is part of every
+    value; exact: D unit vectors instead. error: -> (log p, the error of its integration)."""
     need(steps > error and probes >= 1, "steps and probes start at 1, with an error steps at 2")
     need(x.is_floating_point() and x.isfinite().all(), "a likelihood needs finite floats, no NaN")
     x, draws = x.detach().clone(), own_generators(x, generator)
@@ -420,7 +422,9 @@ def log_likelihood(score, sde, x, steps=32, probes=1, exact=False, generator=Non
     if error:
         return log_p, flow_error(log_p, integrate_flow(score, sde, x, steps // 2, vectors, n))
     return log_p
-def flow_error(fine, coarse):   # of half the steps: 1/15 of the gap if they are short, 1/2 if long
+def flow_error(fine, coarse):
+    """The error of fine, judged by coarse, of half the steps: it is 1/15 of their gap if steps are
+    short, 1/2 or more if they are too long; an eighth lies between."""
     return (fine - coarse).abs() / 8
 
 def to_levels(x):
@@ -483,17 +487,17 @@ def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
 # - Noise law: a uniform t seldom falls where images take shape, sigma near 1 for digits, 0.3 for
 #   photographs. So log sigma ~ N(centre, spread^2); every k-th draw is uniform in it. [15.9]
 # - Weights: balanced_weight of section 3 on both losses, in place of the paper's. [14.4]
-# - Window: forget at sigma from 0.2 to 6 (Relative: to 3). Above, noise hides the class, and
-#   forgetting only fights keeping; below, the class is settled.
+# - Window (in METHODS): forget at sigma from 0.2 to 6, Relative to 3. Above, noise hides the class,
+#   and forgetting only fights keeping; below, the class is settled.
 # - Optimiser: Muon for the inner convolutions, Adam for all other weights. [24.6]
 # - Precision: bfloat16 where the processor multiplies it faster. [17.7 in the same time]
 DIGIT_NOISE, PHOTO_NOISE = (0.2, 1.1, 8), (-1.2, 1.2, 32)         # (centre, spread, k)
-EVERY_SIGMA = (0.0, 1e6)                                          # JSON has no infinity
+EVERY_SIGMA = (0.0, 1e6)                                          # infinity is no JSON
 
 class Recipe(NamedTuple):
     """How to train: at which noise levels, with which weights, in which arithmetic."""
     noise_law: Any = DIGIT_NOISE     # (centre, spread, k), or None: t uniform
-    weighting: Any = "balanced"      # powers 1 (keep), 1/2 (forget); or as in section 3; or a pair
+    weighting: Any = "balanced"      # powers 1, 1/2 (METHODS: power); as in section 3; or a pair
     precision: str = "float32"       # or 'bfloat16'
 RECIPES = dict(balanced=Recipe(), paper=Recipe(None, "paper"))
 
@@ -503,7 +507,7 @@ def sample_times(sde, n, generator=None, device=None, window=EVERY_SIGMA, noise_
     (low, high), (first, last) = ends.log().tolist(), sde.time(ends).tolist()
     need(low < high, f"the schedule has no noise level sigma in the window {tuple(window)}")
     u = (torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)) / n
-    u = u[torch.randperm(n, generator=generator, device=device)]  # covers (0, 1) evenly
+    u = u[torch.randperm(n, generator=generator, device=device)]  # even in (0, 1), in random order
     t = first + (last - first) * u
     if noise_law is not None:
         centre, spread, k = noise_law
@@ -536,9 +540,9 @@ class Muon(torch.optim.Optimizer):
 def descend(model, ema, steps, lr, gradients, state=None):
     """Train model; ema, or None, averages its weights. gradients(step) sets every p.grad -> report.
     The rate warms up for 5% of the steps and falls like a cosine. Yields dict(report, step, steps,
-    snapshot): snapshot() is a state to go on from, bit for bit; the last has only the average."""
+    snapshot): snapshot() is a state to go on from, bit for bit; the last is the average alone."""
     need(steps >= 1, f"steps must be at least 1, not {steps}")
-    ema = model if ema is None else ema.eval()                    # then averaging changes nothing
+    ema = model if ema is None else ema.eval()                    # None: averaged with itself
     inner = [p for p in model.parameters() if p.dim() == 4][1:-1] # all but first and last 3x3
     others = [p for p in model.parameters() if all(p is not q for q in inner)]
     parts = [model, ema, torch.optim.Adam(others, lr, betas=(0.9, 0.99))]
@@ -571,9 +575,9 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, s
           lr=4e-3, window=EVERY_SIGMA, recipe=Recipe(), data_std=None, seed=0, state=None,
           backward=lambda model, *losses_and_alpha: sgu_loss(*losses_and_alpha).backward()):
     """Train model in place by Eq. 11. ema: copy.deepcopy(model), whose averaged weights one samples
-    with, or None. keep, forget: (N, ...) uint8, or floats in [-1, 1], on its device; forget_loss:
-    like obtuse_loss, at sigma in window; backward: losses -> gradients. Yields what descend does,
-    with keep, forget and score: the weighted losses and the average's score(x, t)."""
+    with, or None. keep, forget: (N, ...) uint8, or floats (images: in [-1, 1]), on its device;
+    forget_loss: like obtuse_loss, at sigma in window; backward: losses -> gradients. Yields what
+    descend does, with keep, forget and score: weighted losses and the average's score(x, t)."""
     for x in (keep,) if forget is None else (keep, forget):
         need(len(x) and (x.dtype == torch.uint8 or x.is_floating_point() and x.abs().max() < 99),
              "images: some, as uint8 levels or as floats in [-1, 1] without NaN")
@@ -842,9 +846,9 @@ class Method(NamedTuple):  # a way to make a model
     alpha: Any = None           # Eq. 11
     keep: str = "D_g"           # what the keep loss sees: D or D_g
     start: str = ""             # 'scratch' or 'standard'; '': as --training says
-    share: float = 0.15         # of --steps, and
+    share: float = 0.15         # of --steps, if it starts from Standard
     pace: float = 1.0           # of --lr, if it starts from Standard
-    window: tuple = EVERY_SIGMA # the sigma at which the loss of D_f acts ('paper': at all)
+    window: tuple = EVERY_SIGMA # the sigma at which the loss of D_f acts (paper: all)
     power: float = 0.5          # of its balanced_weight
     prepare: Any = None         # (Standard's score, arguments of train) -> arguments of train
 
@@ -988,7 +992,7 @@ def read_file(path, kind=None):
 
 def finish(label, opt, job, kind=None, **config):
     """Run job from where its file left it, saving every 30 s -> what read_file gives. job(state=)
-    yields dict(step, steps, snapshot, ...); config: on what its numbers depend."""
+    yields dict(step, steps, snapshot, ...); config must equal the file's, else a UsageError."""
     path = f"{opt.out}/{label.removeprefix('train ').replace(' ', '_')}.pt"
     config.update(data=opt.checksum, forget=opt.forget, seed=opt.seed, precision=opt.precision)
     saved, last = dict(config=config, state=None, seconds=0.0), time.time()
@@ -1026,7 +1030,7 @@ def get_judge(opt, data):  # trained now or earlier: what read_file gives
                             precision=opt.precision, seed=opt.seed)
     return finish("judge", opt, job, Judge, steps=opt.judge_steps, network=network)
 
-def text_of(function):  # changes with its own lines, not its helpers'
+def text_of(function):  # a checksum of its own lines, not of its helpers'
     try:
         text = [inspect.getsource(getattr(function, "func", function))]     # of a partial: its own
         text += [getattr(function, key, "") for key in ("args", "keywords")]
@@ -1070,7 +1074,7 @@ def get_model(method, opt, data):  # trained now or earlier: what read_file give
 
 def chunks(n, size, compute, state=None):  # a job: compute(rows) for all slices of range(n)
     done = state["step"] if state else 0
-    done -= done % size if done < n else 0  # half a chunk is made anew: n makes no difference
+    done -= done % size if done < n else 0  # half a chunk is made anew, as if n had been larger
     values = [state["values"][:done]] if state else []
     while done < n:
         values.append(compute(slice(done, min(done + size, n))))

@@ -269,6 +269,8 @@ def test_samplers_ask_where_they_stand(sde):
     chain, calls = sgu.DDPM(40), []
     sgu.ancestral_sample(counting(TILTED.score(chain), calls), chain, (2, 2), steps=None)
     expect(torch.tensor(calls) * 40, torch.arange(40, 0, -1), "all steps of a chain", 1e-4)
+    with pytest.raises(ValueError, match="40"):
+        sgu.ancestral_sample(TILTED.score(chain), chain, (2, 2), steps=41)
 
 @every_sde
 def test_ode_map(sde):
