@@ -437,15 +437,16 @@ def from_levels(x, u=0.5):                       # uint8 -> in [-1, 1]: the midd
 def dequantise(levels, generator=None):                           # uint8 -> anywhere in the cell
     return from_levels(levels, torch.rand(levels.shape, generator=generator, device=levels.device))
 
-def bits_per_dim(score, sde, x, steps=32, probes=1, exact=False, generator=None):
+def bits_per_dim(score, sde, x, steps=32, probes=1, exact=False, generator=None, error=False):
     """-log2 p/D of 8-bit images, dequantised, in bits/dim. x: (B, C, H, W) in [-1, 1] -> (B,).
     A density over [-1, 1] is 128 times that over levels, per pixel: hence + 7 (for [0, 1] + 8)."""
     need(float(x.abs().max()) <= 1, "bits/dim need images in [-1, 1], without NaN")
     levels = to_levels(x).to(x.device)
     u = [torch.rand(x.shape[1:], generator=g) for g in own_generators(levels, generator)]
     y = from_levels(levels, torch.stack(u).to(x))
-    nats = log_likelihood(score, sde, y, steps, probes, exact, generator)
-    return 7 - nats / (x[0].numel() * math.log(2))
+    nats = log_likelihood(score, sde, y, steps, probes, exact, generator, error)
+    unit = x[0].numel() * math.log(2)
+    return (7 - nats[0] / unit, nats[1] / unit) if error else 7 - nats / unit
 
 # ==== 6. Zero-shot uses of a score: inpainting (Table 3) and reconstruction (Table 4) =============
 def add_noise(sde, x, t, generator, start=None):

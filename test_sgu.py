@@ -333,6 +333,14 @@ def test_error_estimate_of_the_likelihood(sde, std):
         assert off.mean() / 5 < error.mean() < 5 * off.mean(), seen
     assert seen[0][1] > 5e-3 and seen[-1][1] < 1e-5, seen
 
+def test_error_estimate_in_bits(monkeypatch):
+    """bits_per_dim hands on log_likelihood's two numbers in its own unit."""
+    two = torch.tensor([9., -4.]), torch.tensor([0.9, 0.2])
+    monkeypatch.setattr(sgu, "log_likelihood", lambda *args, **kw: two)
+    bits, error = sgu.bits_per_dim(None, SDES["VP"], torch.zeros(2, 1, 3, 3), error=True)
+    expect(bits, 7 - two[0] / (9 * math.log(2)), "bits/dim")
+    expect(error, two[1] / (9 * math.log(2)), "their error")
+
 def test_hutchinson(sde=SDES["VP"], repeats=50):
     """Random signs against the exact trace on the same coarse grid: unbiased, and four probes have
     half the error of one."""
