@@ -886,15 +886,19 @@ def parse_options(argv=None):
     add("--dataset", default="glyphs", help=f"{', '.join(DATASETS)} or an .npz")
     add("--forget", help="names or numbers of classes or attributes")
     add("--methods", default="standard,unseen,orthogonal,obtuse,relative", help=",".join(METHODS))
-    add("--training", choices=("finetune", "retrain"), default="finetune")
-    add("--recipe", choices=RECIPES, default="balanced")
+    add("--training", choices=("finetune", "retrain"), default="finetune",
+        help="SGU on from Standard, or from nothing")
+    add("--recipe", choices=RECIPES, default="balanced", help="ours (section 7), or the paper's")
     add("--pretrained", help="the standard.pt of an earlier run")
     add("--sde", choices=SCHEDULES, help="default: ve for digits, else vp")
     add("--sampler", choices=SAMPLERS)
     add("--alpha", type=float, help="of Eq. 11")
     add("--lr", type=float, help="peak learning rate")
-    for name in "steps unlearn-steps batch-size sampler-steps samples likelihood-samples".split():
-        add(f"--{name}", type=int, help="see PRESETS")
+    counts = {"steps": "of Standard and Unseen", "unlearn-steps": "of the others, from Standard",
+              "batch-size": "images per step", "sampler-steps": "of the sampler",
+              "samples": "drawn from each model", "likelihood-samples": "of D_g and of D_f"}
+    for name, text in counts.items():
+        add(f"--{name}", type=int, help=f"{text} (default: see PRESETS)")
     add("--tasks", default="sample,likelihood", help=",".join(TASKS))
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--precision", choices=("float32", "bfloat16"))
@@ -910,8 +914,8 @@ def parse_options(argv=None):
         need(type(value) not in (int, float) or low <= value < high,
              f"--{name.replace('_', '-')} {value}: must be {low} or more, below {high}")
     opt.methods, opt.tasks = opt.methods.replace(" ", ""), opt.tasks.replace(" ", "")
-    for words, known in ((opt.methods, METHODS), (opt.tasks, TASKS)):
-        need({*words.split(",")} <= {*known}, f"{words}: must be some of {','.join(known)}")
+    for name, words, known in (("methods", opt.methods, METHODS), ("tasks", opt.tasks, TASKS)):
+        need({*words.split(",")} <= {*known}, f"--{name} {words}: not of {','.join(known)}")
     return opt
 
 def as_words(options):  # dict(lr=0.1, fresh=True) -> --lr 0.1 --fresh; defaults are left out
@@ -1154,7 +1158,7 @@ def flat(entry, title=""):
 
 def save_table(results, out):
     """results.json turned on its side, to table.md and the terminal: a row per figure, a column per
-    method, and below the paper's, in percent or bits/dim, where notebooks/paper.json has it."""
+    method, and below it the paper's, where notebooks/paper.json is at hand and has it."""
     config, path = results["config"], pathlib.Path(__file__).with_name("notebooks") / "paper.json"
     tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     key = f"{results['data']},{config['sde']}"
@@ -1169,7 +1173,8 @@ def save_table(results, out):
         rows.append([name, *(column.get(name, "") for column in columns.values())])
         figure, _, part = name.partition(" ")
         if figure in ("unlearning_ratio", "nll_bits_per_dim") and part in paper:
-            theirs = dict(zip(tables["columns"], map(str, paper[part])))
+            unit = 1 if part in ("D_g", "D_f") else 100  # ratios are in percent
+            theirs = dict(zip(tables["columns"], (f"{v / unit:.3f}" for v in paper[part])))
             rows.append([f"  the paper, Table {number}", *(theirs.get(m, "") for m in columns)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
