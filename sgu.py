@@ -476,9 +476,11 @@ def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
     return torch.where(known, x, walk(step, score, sde, y, grid, generator))
 
 def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
-    """Noise x: (B, ...) to time t in (t_min, 1], then walk Eq. 4 back: (B, ...). The paper's
+    """Noise x: (B, ...) to time t in [0, 1], then walk Eq. 4 back: (B, ...). The paper's
     t = 0.02 is faint, sigma = 0.08 for VP and 0.012 for VE; every network recovers from it."""
-    need(sde.t_min < t <= 1, f"reconstruct needs t in ({sde.t_min}, 1], not {t}")
+    need(0 <= t <= 1, f"reconstruct needs t in [0, 1], not {t}")
+    if t <= sde.t_min:
+        return x.clone()
     y = add_noise(sde, x, t, generator)
     return walk(reverse_step, score, sde, y, time_grid(sde, steps, t_max=t), generator)
 
