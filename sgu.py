@@ -26,10 +26,10 @@ import torch.nn.functional as F
 class UsageError(ValueError):
     """Something the user can mend; the command prints it as one line and exits with 2."""
 
-def need(ok, message, error=UsageError):                          # raise error(message) unless ok
+def need(ok, message, error=UsageError):  # raise error(message) unless ok
     if not ok:
         raise error(message)
-def per_sample(v, x):                                             # (B,) -> (B, 1, ..., 1) to fit x
+def per_sample(v, x):  # (B,) -> (B, 1, ..., 1) to fit x
     return v.reshape(-1, *[1] * (x.dim() - 1))
 
 # ==== 1. Noise schedules.  Eq. 3:  dx = f(x, t) dt + g(t) dw,  data (t = 0) to noise (t = 1) ======
@@ -41,7 +41,7 @@ class Schedule:
     def beta(self, t):
         return torch.zeros_like(t)
 
-    def at(self, t):                                              # a, s at one t, as plain floats
+    def at(self, t):  # a, s at one t, as plain floats
         return tuple(map(float, self.marginal(torch.as_tensor(t, dtype=torch.float64))))
 
     def sigma(self, t):
@@ -51,16 +51,16 @@ class Schedule:
     def drift(self, x, t):
         return -0.5 * per_sample(self.beta(t), x) * x
 
-    def prior_sample(self, shape, generator=None, device=None):   # sigma(1) must drown every x0
+    def prior_sample(self, shape, generator=None, device=None):  # sigma(1) must drown every x0
         return self.at(1)[1] * torch.randn(shape, generator=generator, device=device)
 
-    def prior_log_prob(self, x):                                  # (B, ...) -> (B,) nats, float64
+    def prior_log_prob(self, x):  # (B, ...) -> (B,) nats, float64
         x, s = x.double().flatten(1), self.at(1)[1]
         return -0.5 * (x / s).square().sum(1) - x.shape[1] * math.log(s * math.sqrt(2 * math.pi))
 
 class VE(Schedule):
     """Variance exploding: a = 1, s = sigma_min (sigma_max/sigma_min)^t (Song et al. 2021)."""
-    def __init__(self, sigma_min=0.01, sigma_max=50.0):    # the usual ones; the paper names none
+    def __init__(self, sigma_min=0.01, sigma_max=50.0):  # the usual ones; the paper names none
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def marginal(self, t):
@@ -81,7 +81,7 @@ class VP(Schedule):
     def beta(self, t):
         return self.beta_min + self.slope * t
 
-    def log_a(self, t):                        # -1/2 int_0^t beta
+    def log_a(self, t):  # -1/2 int_0^t beta
         return -self.slope * t ** 2 / 4 - self.beta_min * t / 2
 
     def marginal(self, t):
@@ -91,7 +91,7 @@ class VP(Schedule):
     def diffusion(self, t):
         return self.beta(t).sqrt()
 
-    def time(self, sigma):                     # log a = -log(1 + sigma^2)/2 is quadratic in t
+    def time(self, sigma):  # log a = -log(1 + sigma^2)/2 is quadratic in t
         c = torch.log1p(sigma ** 2)
         return 2 * c / (self.beta_min + (self.beta_min ** 2 + 2 * self.slope * c).sqrt())
 
@@ -103,7 +103,7 @@ class DDPM(VP):
         self.betas = torch.linspace(beta_min, beta_max, n_steps, dtype=torch.float64)
         self.knots = F.pad(torch.log1p(-self.betas).cumsum(0) / 2, (1, 0))  # log a, k = 0..n_steps
 
-    def step(self, t):                                            # the k that ends at or after t
+    def step(self, t):  # the k that ends at or after t
         return (t * self.n_steps - 1e-4).ceil().long().clamp(1, self.n_steps)
 
     def beta(self, t):
@@ -130,7 +130,7 @@ class Block(nn.Module):
         self.conv1, self.conv2 = conv3(c, c), conv3(c, c, bias=False)
         self.film = nn.Linear(c_emb, 2 * c)
         nn.init.zeros_(self.conv2.weight)                         # it starts as the identity
-    def forward(self, x, emb):                                    # (B, c, h, w), (B, c_emb)
+    def forward(self, x, emb):  # (B, c, h, w), (B, c_emb)
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.film(emb)[:, :, None, None].chunk(2, dim=1)     # each (B, c, 1, 1)
         return x + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
@@ -158,7 +158,7 @@ class UNet(nn.Module):
         self.last = conv3(channels[0], pixels, bias=False)
         nn.init.zeros_(self.last.weight)
         self.to(memory_format=torch.channels_last)
-    def forward(self, x, level):                                  # (B, C, H, W), (B,)
+    def forward(self, x, level):  # (B, C, H, W), (B,)
         angles = level[:, None] * self.freqs                      # (B, 16)
         emb = F.silu(self.embed(torch.cat([angles.sin(), angles.cos()], dim=1)))  # (B, c_emb)
         with torch.autocast(x.device.type, enabled=False):        # bfloat16 rounds a pixel near 1
@@ -237,8 +237,7 @@ def loss_weight(sde, t, weighting, power=0):
 
 def balanced_weight(sde, data_std=0.5, power=1.0):
     """t -> (total/data_std)^(2 power): F's gradients become equally large at every t, though e has
-    F times data_std/total. power: 1/2 for e.z, 1 where the other factor, e - z or z - e_ref, has
-    it too."""
+    F times data_std/total. power: 1/2 for e.z, 1 where e - z or z - e_ref has that factor too."""
     return lambda t: (1 + (sde.sigma(t) / data_std) ** 2) ** power
 
 def score_matching_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=None):
@@ -266,8 +265,7 @@ def relative_loss(score, sde, x0, t=None, z=None, weighting="noise", generator=N
     with torch.no_grad():
         e_ref = predict_noise(reference, sde, x0, t, z.view_as(x0), generator)[1]
     return (loss_weight(sde, t, weighting) * (e * (z - e_ref)).mean(1)).mean()
-
-def sgu_loss(keep_loss, forget_loss, alpha):                      # Eq. 11, of two loss values
+def sgu_loss(keep_loss, forget_loss, alpha):  # Eq. 11, of two loss values
     return alpha * keep_loss + (1 - alpha) * forget_loss
 
 # ==== 4. Samplers.  Eq. 4, from t = 1 down:  dx = [f(x, t) - g(t)^2 score(x, t)] dt + g(t) dw =====
@@ -284,21 +282,20 @@ def time_grid(sde, steps, t_max=1.0, rho=7):
     t[0], t[-1] = ends                                            # without rounding
     return t
 
-def score_at(score, x, t):                                        # at one t for the whole batch x
+def score_at(score, x, t):  # at one t for the whole batch x
     return score(x, torch.full((len(x),), float(t), dtype=x.dtype, device=x.device))
-def noise_like(x, generator):                                     # z ~ N(0, I) of the shape of x
+def noise_like(x, generator):  # z ~ N(0, I) of the shape of x
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 def denoise(score, sde, x, t):
     """E[x0 | x_t] = (x + s^2 score)/a (Tweedie): the mean image behind x: (B, ...) at time t."""
     a, s = sde.at(t)
     return (x + s ** 2 * score_at(score, x, t)) / a
 
-def reverse_step(score, sde, x, t, t_next, generator):            # Euler-Maruyama for Eq. 4
+def reverse_step(score, sde, x, t, t_next, generator):  # Euler-Maruyama for Eq. 4
     dt, g = float(t - t_next), float(sde.diffusion(t))
     drift = sde.drift(x, t.reshape(1).to(x)) - g ** 2 * score_at(score, x, t)
     return x - drift * dt + g * math.sqrt(dt) * noise_like(x, generator)
-
-def langevin_step(score, sde, x, t, snr, generator):              # a corrector: p_t nearly stays
+def langevin_step(score, sde, x, t, snr, generator):  # a corrector: p_t nearly stays
     eps = 2 * (snr * sde.at(t)[1]) ** 2       # not 2 (snr |z|/|score|)^2: unlearned scores reach 0
     return x + eps * score_at(score, x, t) + math.sqrt(2 * eps) * noise_like(x, generator)
 
@@ -311,7 +308,6 @@ def move(mean, sde, x, t, t_next, generator, noisy=True):
         return a_next * (mean + r * (x / a - mean))
     z = noise_like(x, generator)
     return a_next * (mean + r ** 2 * (x / a - mean)) + s_next * math.sqrt(1 - r ** 2) * z
-
 def ancestral_step(score, sde, x, t, t_next, generator):
     """DDPM's own, for every schedule. Unlike Euler-Maruyama's, long steps leave no excess noise."""
     return move(denoise(score, sde, x, t), sde, x, t, t_next, generator)
@@ -333,8 +329,7 @@ def walk(step, score, sde, x, grid, generator):
     for t, t_next in zip(grid, grid[1:]):
         x = step(score, sde, x, t, t_next, generator)
     return denoise(score, sde, x, grid[-1])
-
-def draw(step, score, sde, shape, grid, generator, device):       # a walk that starts from noise
+def draw(step, score, sde, shape, grid, generator, device):  # a walk that starts from noise
     return walk(step, score, sde, sde.prior_sample(shape, generator, device), grid, generator)
 
 def euler_maruyama(score, sde, shape, steps=120, generator=None, device=None):
@@ -360,7 +355,6 @@ def ancestral_sample(score, sde, shape, steps=None, generator=None, device=None)
 def multistep_sample(score, sde, shape, steps=20, generator=None, device=None, noisy=True):
     """Samples by the steps of multistep: shape = (B, ...) -> x. noisy=False: of the flow below."""
     return draw(multistep(noisy), score, sde, shape, time_grid(sde, steps), generator, device)
-
 def ode_sample(score, sde, shape, steps=18, generator=None, device=None):
     """Samples of the probability flow of section 5: random is only where it starts."""
     return multistep_sample(score, sde, shape, steps, generator, device, noisy=False)
@@ -387,7 +381,7 @@ def integrate_flow(score, sde, x, steps, vectors, n):
     lo, hi = sde.sigma(ends).log().tolist()
     grid = sde.time(torch.linspace(lo, hi, 2 * steps + 1, dtype=torch.float64).exp())
     grid[0], grid[-1] = ends                                      # knots and, between, midpoints
-    def flow(w, i):                                               # dw/dl, its divergence at grid[i]
+    def flow(w, i):  # dw/dl, its divergence at grid[i]
         a, s = sde.at(grid[i])
         sigma, c = s / a, math.hypot(1, s / a)
         y, b = (c * w).detach().requires_grad_(), sigma / c
@@ -432,9 +426,9 @@ def to_levels(x):
     need(x.is_floating_point(), f"to_levels needs images in [-1, 1], not {x.dtype}")
     need(not x.isnan().any(), "NaN images: train with a lower --lr", FloatingPointError)
     return ((x.clamp(-1, 1) + 1) * 128).floor().clamp(max=255).to(torch.uint8).cpu()
-def from_levels(x, u=0.5):                       # uint8 -> in [-1, 1]: the middle of the cell, or u
+def from_levels(x, u=0.5):  # uint8 -> in [-1, 1]: the middle of the cell, or u
     return (x + u) / 128 - 1
-def dequantise(levels, generator=None):                           # uint8 -> anywhere in the cell
+def dequantise(levels, generator=None):  # uint8 -> anywhere in the cell
     return from_levels(levels, torch.rand(levels.shape, generator=generator, device=levels.device))
 
 def bits_per_dim(score, sde, x, steps=32, probes=1, exact=False, generator=None, error=False):
@@ -494,8 +488,8 @@ def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
 #   and forgetting only fights keeping; below, the class is settled.
 # - Optimiser: Muon for the inner convolutions, Adam for all other weights. [24.6]
 # - Precision: bfloat16 where the processor multiplies it faster. [17.7 in the same time]
-DIGIT_NOISE, PHOTO_NOISE = (0.2, 1.1, 8), (-1.2, 1.2, 32)         # (centre, spread, k)
-EVERY_SIGMA = (0.0, 1e6)                                          # infinity is no JSON
+DIGIT_NOISE, PHOTO_NOISE = (0.2, 1.1, 8), (-1.2, 1.2, 32)  # (centre, spread, k)
+EVERY_SIGMA = (0.0, 1e6)  # infinity is no JSON
 
 class Recipe(NamedTuple):
     """How to train: at which noise levels, with which weights, in which arithmetic."""
@@ -533,9 +527,9 @@ class Muon(torch.optim.Optimizer):
         for p in [p for p in group["params"] if p.grad is not None]:
             velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
             velocity.lerp_(p.grad, 1 - group["momentum"])
-            x = p.grad.lerp(velocity, group["momentum"]).flatten(1)         # (c_out, 9 c_in)
+            x = p.grad.lerp(velocity, group["momentum"]).flatten(1)  # (c_out, 9 c_in)
             x = x / (x.norm() + 1e-12)
-            for _ in range(5):                                              # Newton and Schulz
+            for _ in range(5):  # Newton and Schulz
                 y = x @ x.T
                 x = 3.4445 * x + (2.0315 * y @ y - 4.7750 * y) @ x
             p.add_(x.view_as(p), alpha=-0.2 * math.sqrt(max(x.shape)) * group["lr"])
@@ -545,12 +539,13 @@ def descend(model, ema, steps, lr, gradients, state=None):
     The rate warms up for 5% of the steps and falls like a cosine. Yields dict(report, step, steps,
     snapshot): snapshot() is a state to go on from, bit for bit; the last is the average alone."""
     need(steps >= 1, f"steps must be at least 1, not {steps}")
-    ema = model if ema is None else ema.eval()                    # None: averaged with itself
+    ema = model if ema is None else ema.eval()  # None: averaged with itself
     inner = [p for p in model.parameters() if p.dim() == 4][1:-1] # all but first and last 3x3
     others = [p for p in model.parameters() if all(p is not q for q in inner)]
     parts = [model, ema, torch.optim.Adam(others, lr, betas=(0.9, 0.99))]
     parts += [Muon(inner, lr)] if inner else []
     done = state["step"] if state else 0
+    need(not 0 < done < steps or "parts" in state, "a finished state has no optimisers to go on")
     ema.load_state_dict(state["weights"] if state else model.state_dict())
     for part, saved in zip(parts, state["parts"] if state and done < steps else ()):
         part.load_state_dict(copy.deepcopy(saved))
@@ -567,11 +562,11 @@ def descend(model, ema, steps, lr, gradients, state=None):
             optimiser.param_groups[0]["lr"] = lr * warm * (1 + math.cos(math.pi * done / steps)) / 2
             optimiser.step()
         done += 1
-        decay = min(0.999, (1 + done) / (10 + done))              # a short memory at first
+        decay = min(0.999, (1 + done) / (10 + done))  # a short memory at first
         for average, now in zip(ema.parameters(), model.parameters()):
             average.data.lerp_(now.data, 1 - decay)
         for average, now in zip(ema.buffers(), model.buffers()):
-            average.copy_(now)                                    # batch norm's statistics, say
+            average.copy_(now)  # batch norm's statistics, say
         yield dict(report, step=done, steps=steps, snapshot=snapshot)
 
 def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, steps, batch_size=64,
@@ -600,7 +595,7 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, s
         need(torch.is_tensor(value) and value.dim() == 0 and value.requires_grad,
              "a loss must return one differentiable number, the mean over the batch", TypeError)
         return value
-    def gradients(step):                                          # without forgetting: alpha = 1
+    def gradients(step):  # without forgetting: alpha = 1
         kept = term(step, 0, score_matching_loss, keep, EVERY_SIGMA)
         gone = torch.zeros(()) if forget is None else term(step, 1, forget_loss, forget, window)
         backward(model, kept, gone, 1 if forget is None else alpha)
@@ -610,7 +605,7 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, s
 # ==================================== PART TWO: THE EXPERIMENT ====================================
 # ==== 8. Data: uint8 tensors in memory, (N, C, H, W), with integer labels (N,) ====================
 DIGITS = [str(i) for i in range(10)]
-DATASETS = dict(    # name: (default --forget, default --sde, files in --data-root, torchvision's)
+DATASETS = dict(  # name: (default --forget, default --sde, files in --data-root, torchvision's)
     glyphs=("3,7", "ve", "", ""), mnist=("3,7", "ve", "MNIST/raw/*.gz", "MNIST"),
     fashion=("Sneaker", "ve", "FashionMNIST/raw/*.gz", "FashionMNIST"),
     kmnist=("0", "ve", "KMNIST/raw/*.gz", "KMNIST"),
@@ -653,7 +648,8 @@ def read_standard(name, root):  # -> names, (images, labels) to train, to test
     kind, halves = getattr(datasets, DATASETS[name][3]), []
     for half in ("train", "test") if name in ("stl10", "celeba") else (True, False):
         part = kind(root, half, transform=face if name == "celeba" else None, download=True)
-        halves.append(map(np.stack, zip(*part)))
+        arrays = hasattr(part, "targets")  # else picture by picture
+        halves.append((part.data, part.targets) if arrays else map(np.stack, zip(*part)))
     names = part.attr_names[:40] if name == "celeba" else part.classes
     return DIGITS if name in ("mnist", "kmnist") else names, *halves
 
@@ -693,9 +689,11 @@ def draw_glyphs(n, seed, side=28):
     angle, scale, slant, dx, dy = (torch.rand(5, n, generator=g, dtype=most.dtype) - 0.5) * most
     cos, sin = angle.cos() * (1 + scale), angle.sin() * (1 + scale)
     affine = torch.stack([cos, -sin + slant, dx, sin, cos, dy], dim=1).view(n, 2, 3)
-    grid = F.affine_grid(affine, (n, 1, 2 * side, 2 * side), align_corners=False)
-    x = F.grid_sample(torch.tensor(np.stack(plates))[which, None], grid, align_corners=False)
-    return (F.avg_pool2d(x, 2) * 255).round().byte(), which % 10
+    plates, images = torch.tensor(np.stack(plates))[:, None], []  # (fonts * 10, 1, 64, 64)
+    for i in torch.arange(n).split(2000):
+        grid = F.affine_grid(affine[i], (len(i), 1, 2 * side, 2 * side), align_corners=False)
+        images.append(F.avg_pool2d(F.grid_sample(plates[which[i]], grid, align_corners=False), 2))
+    return (torch.cat(images) * 255).round().byte(), which % 10
 
 def choose(data, forget):
     """forget: '3,7', 'Dog', names in any case or numbers -> data and chosen (names), forget
@@ -717,7 +715,6 @@ def choose(data, forget):
         need(gone.any() and not gone.all(), f"--forget {forget}: none, or all, of {half} images")
     tensors = [*filter(torch.is_tensor, data.values()), torch.tensor(data["forget"])]
     return dict(data, checksum=checksum(tensors))
-
 def is_forgotten(data, half):  # which of data['train'] or data['test']: (N,) bool
     return torch.isin(data[half + "_labels"], torch.tensor(data["forget"]))
 def checksum(tensors):  # one number for their content
@@ -737,8 +734,7 @@ class Judge(nn.Module):
         super().__init__()
         self.config = dict(image_channels=image_channels, classes=classes, width=width)
         def conv(c, d, *then):
-            layers = nn.Conv2d(c, d, 3, padding=1, bias=False), nn.BatchNorm2d(d), nn.ReLU()
-            return nn.Sequential(*layers, *then)
+            return nn.Sequential(conv3(c, d, bias=False), nn.BatchNorm2d(d), nn.ReLU(), *then)
         w, half = width, nn.MaxPool2d(2)
         self.stem = conv(image_channels, w)
         self.body = nn.Sequential(
@@ -954,7 +950,7 @@ def resolve(opt):
     opt.device = "cuda" if cuda and opt.device != "cpu" else "cpu"
     methods = opt.methods.split(",")
     first = ["standard"] if any(m == "standard" or from_standard(m, opt) for m in methods) else []
-    opt.methods = ",".join(dict.fromkeys([*first, *methods]))     # each once
+    opt.methods = ",".join(dict.fromkeys([*first, *methods]))  # each once
     forget, sde, *_ = DATASETS.get(opt.dataset, ("", "vp"))
     data = choose(load_data(opt.dataset, opt.data_root), opt.forget or forget)
     opt.forget, opt.checksum = data["chosen"], data["checksum"]  # ' 3, 7' and '3,7' are one run
@@ -963,6 +959,8 @@ def resolve(opt):
     opt.sde, opt.out = opt.sde or sde, opt.out or f"runs/{'-'.join(words)}"
     _, channels, side, _ = data["train"].shape
     fill_in(opt, channels, side, describe("cpu"))
+    need((opt.sampler, opt.sde) != ("ancestral", "ddpm") or opt.sampler_steps <= 1000,
+         f"--sampler-steps: the chain has 1000 steps, not {opt.sampler_steps}")
     if opt.pretrained:
         opt.network = load_model(opt.pretrained)[0].config  # of any --sde: it knows sigma
     unit = opt.network["patch"] * 2 ** (len(opt.network["channels"]) - 1)
@@ -978,8 +976,12 @@ def replace_file(path, content):  # a kill leaves the old file or the new one
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = content.encode("utf-8", "replace") if isinstance(content, str) else content
-    path.with_name(f".{path.name}").write_bytes(content)
-    os.replace(path.with_name(f".{path.name}"), path)
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk must not stay full
 def save_json(path, content):
     replace_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -1039,7 +1041,7 @@ def get_judge(opt, data):  # trained now or earlier: what read_file gives
 
 def text_of(function):  # a checksum of its own lines, not of its helpers'
     try:
-        text = [inspect.getsource(getattr(function, "func", function))]     # of a partial: its own
+        text = [inspect.getsource(getattr(function, "func", function))]  # of a partial: its own
         text += [getattr(function, key, "") for key in ("args", "keywords")]
         text += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
         return zlib.crc32(re.sub(r" at 0x\w+", "", str(text)).encode())
@@ -1088,7 +1090,6 @@ def chunks(n, size, compute, state=None):  # a job: compute(rows) for all slices
         need(values[-1].isfinite().all(), "the network diverged; lower --lr", FloatingPointError)
         done += len(values[-1])
         yield dict(step=done, steps=n, snapshot=lambda: dict(step=done, values=torch.cat(values)))
-
 def upper_half_hidden(x):  # of (..., H, W): the mask, 0 above and 1 below
     return (torch.arange(x.shape[-2]) >= x.shape[-2] // 2).float()[:, None].expand(x.shape[-2:])
 
@@ -1133,7 +1134,6 @@ def likelihoods(parts, make):
     return entry, values
 def share(hits):  # of what is true
     return float(hits.float().mean())
-
 def restored(before, after, labels, judge):  # what the judge sees after inpaint or reconstruct
     (was, clean), (now, features) = opinions(judge, before), opinions(judge, after)
     right, n = int((now.argmax(1) == labels).sum()), len(labels)
@@ -1164,11 +1164,10 @@ def save_table(results, out):
     config, path = results["config"], pathlib.Path(__file__).with_name("notebooks") / "paper.json"
     tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     key = f"{results['data']},{config['sde']}"
-    tuned = config["training"] == "finetune" and key in tables.get("5", {})
-    number = "5" if tuned else "2"
+    number = "5" if config["training"] == "finetune" and key in tables.get("5", {}) else "2"
     paper = tables.get(number, {}).get(key, {})
     if {*paper} - {"total", "D_g", "D_f"} != {*config["forget"].split(",")}:
-        paper = {}                                                # it forgot something else
+        paper = {}  # it forgot something else
     columns = {method: flat(entry) for method, entry in results["methods"].items()}
     rows = [["", *(METHODS[method].title for method in columns)]]
     for name in dict.fromkeys(name for column in columns.values() for name in column):
@@ -1200,18 +1199,20 @@ def draw_picture(path, rows, judge, forget):
     for y, (title, x) in zip(range(0, page.height, size + 6), rows.items()):
         ImageDraw.Draw(page).text((4, y + size // 2), title, fill="black")
         hit = torch.isin(opinions(judge, x)[0].argmax(1), torch.tensor(forget))
-        for i, image in enumerate(x[:, :3].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
+        x = x[:, :3] if x.shape[1] > 2 else x[:, :1].expand(-1, 3, -1, -1)
+        for i, image in enumerate(x.permute(0, 2, 3, 1).numpy()):
             tile = Image.fromarray(image).resize((size, size), Image.NEAREST)
             tile = ImageOps.expand(tile, 3, "#e69f00" if hit[i] else "white")
             page.paste(tile, (130 + i * (size + 6), y))
-    page.save(path)
+    buffer = io.BytesIO()
+    page.save(buffer, "PNG")
+    replace_file(path, buffer.getbuffer())
 
 @torch.inference_mode(False)
 def run(opt, judge=None):
     """The experiment -> the content of results.json. judge: a module with features and head, or
     None: ours. What was finished earlier is read from --out."""
-    places = ("out", "data_root", "fresh")
-    words = as_words({k: v for k, v in vars(opt).items() if k not in places})
+    words = as_words({k: v for k, v in vars(opt).items() if k not in ("out", "data_root", "fresh")})
     opt, data = resolve(opt)
     config, machine, opt.seconds = dict(vars(opt)), describe(opt.device), {}
     say(f"{data['name']}: forget {opt.forget} in {opt.steps} steps, {machine}, in {opt.out}")
@@ -1268,6 +1269,7 @@ def run(opt, judge=None):
 def main(argv=None):  # exit codes: 0 done, 2 something to mend (a line says what), 130 Ctrl-C
     try:
         run(parse_options(argv))
+        return 0
     except BrokenPipeError:  # all is saved; nobody reads on
         sys.stdout = open(os.devnull, "w")
         return 0
@@ -1280,8 +1282,6 @@ def main(argv=None):  # exit codes: 0 done, 2 something to mend (a line says wha
         if "memory" not in str(error) and not type(error).__module__.startswith("torch._"):
             raise
         text = f"{str(error)[:200]}: more memory, a smaller --batch-size or no --compile is needed"
-    else:
-        return 0
     say(f"sgu: {' '.join(text.split())}")
     return 2
 

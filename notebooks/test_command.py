@@ -450,6 +450,17 @@ def test_shapes_and_times_that_would_broadcast():
     with pytest.raises(ValueError, match="sigma must grow"):
         sgu.log_likelihood(lambda x, t: -x, sgu.VE(20.0, 0.01), x)
 
+def test_training_under_no_grad_is_refused():
+    with torch.no_grad(), pytest.raises(TypeError, match="differentiable"):
+        train_scalar(Scalar(), sgu.obtuse_loss)
+
+def test_pictures_of_two_channels(tmp_path, monkeypatch):
+    """They show the first one in grey."""
+    monkeypatch.setattr(sgu, "opinions", lambda judge, x: (torch.eye(3)[[0]], None))
+    x = torch.tensor([200, 10], dtype=torch.uint8).view(1, 2, 1, 1).expand(1, 2, 64, 64)
+    sgu.draw_picture(tmp_path / "p.png", dict(title=x), None, [1])
+    assert np.asarray(Image.open(tmp_path / "p.png"))[30, 160].tolist() == [200, 200, 200]
+
 def test_the_error_of_few_steps_is_no_zero():
     score, x = TOY.score(sgu.VP()), torch.randn(5, 2, generator=seeded(), dtype=F64)
     fine = sgu.log_likelihood(score, sgu.VP(), x, steps=200, exact=True)
