@@ -6,7 +6,7 @@ Oracles and checks that exercises share are those of notebooks/exercises/checks.
 of notebooks/testkit.py. Tolerances of random quantities are 4 to 5 standard errors, seeds fixed.
 """
 import copy, functools, io, json, math, multiprocessing, os, pathlib, shlex, shutil, signal
-import subprocess, sys
+import subprocess, sys, types
 import numpy as np
 import pytest
 import torch
@@ -332,14 +332,6 @@ def test_error_estimate_of_the_likelihood(sde, std):
         seen.append((steps, float(off.mean()), float(error.mean())))
         assert off.mean() / 5 < error.mean() < 5 * off.mean(), seen
     assert seen[0][1] > 5e-3 and seen[-1][1] < 1e-5, seen
-
-def test_error_estimate_in_bits(monkeypatch):
-    """bits_per_dim hands on log_likelihood's two numbers in its own unit."""
-    two = torch.tensor([9., -4.]), torch.tensor([0.9, 0.2])
-    monkeypatch.setattr(sgu, "log_likelihood", lambda *args, **kw: two)
-    bits, error = sgu.bits_per_dim(None, SDES["VP"], torch.zeros(2, 1, 3, 3), error=True)
-    expect(bits, 7 - two[0] / (9 * math.log(2)), "bits/dim")
-    expect(error, two[1] / (9 * math.log(2)), "their error")
 
 def test_hutchinson(sde=SDES["VP"], repeats=50):
     """Random signs against the exact trace on the same coarse grid: unbiased, and four probes have
@@ -895,20 +887,23 @@ def test_choose():
     assert torch.equal(sgu.is_forgotten(got, "test"), has[:, 0] | has[:, 2])
 
 def test_class_names_that_would_break_something(tmp_path):
-    """Commas and bars become spaces. Where names are equal, in any case, or words that results.json
-    needs, all are numbered: every class keeps a name of its own, by which it can be asked for."""
+    """Commas and bars become spaces. Names that are equal, in any case, or words that results.json
+    needs are refused: every class has a name of its own, by which it can be asked for."""
     path = str(tmp_path / "odd.npz")
     for names, want in (((b"hen", b"a|b", b"x, y"), ["hen", "a b", "x y"]),
-                        (("a", "A", "b"), ["0 a", "1 A", "2 b"]),
-                        (("crane", "hen", "crane"), ["0 crane", "1 hen", "2 crane"]),
-                        (("total", "1", "0"), ["0 total", "1 1", "2 0"]),
-                        (("", "n", "gr\xfcn"), ["0 ", "1 n", "2 gr\xfcn"])):
+                        (("totals", "N.", "gr\xfcn"), ["totals", "N.", "gr\xfcn"])):
         write_npz(path, class_names=np.array(names), split=np.arange(24) < 9)
         data = sgu.load_data(path)
         assert data["classes"] == want
         for i, name in enumerate(want):
-            assert sgu.choose(data, name.strip())["forget"] == sgu.choose(data, str(i))["forget"]
-            assert sgu.choose(data, str(i))["forget"] == [i]
+            assert sgu.choose(data, name)["forget"] == sgu.choose(data, str(i))["forget"] == [i]
+    for names in (("a", "A", "b"), ("hen", "crane", "hen"), ("a|b", "c", "A, b"),
+                  ("x", "TOTAL", "y"), ("x", "y", "n"), ("ci95", "x", "y"), ("x", " |", "y")):
+        write_npz(path, class_names=np.array(names))
+        assert "equal or reserved names: [" in refuses(sgu.load_data, path), names
+        write_npz(path, labels=None, attributes=np.arange(72).reshape(24, 3) % 2,
+                  attribute_names=np.array(names))
+        assert "equal or reserved names: [" in refuses(sgu.load_data, path), names
 
 def test_data_are_known_by_their_content(tmp_path):
     """The checksum is that of images and labels, whatever the file is called."""
@@ -921,9 +916,7 @@ def test_data_are_known_by_their_content(tmp_path):
     assert checksum() == checksum(**z) != checksum(images=changed)
     assert checksum(labels=np.roll(z["labels"], 1)) != checksum()
 
-@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion", "FashionMNIST"),
-                                          ("kmnist", "KMNIST")])
-def test_idx_files(name, folder, tmp_path, offline):
+def test_idx_files(tmp_path, offline, name="mnist", folder="MNIST"):
     """torchvision's own files load; damaged, missing and blank ones are named, with their place."""
     raw, root = tmp_path / folder / "raw", str(tmp_path)
     made = write_mnist(raw)
@@ -931,7 +924,7 @@ def test_idx_files(name, folder, tmp_path, offline):
     for key, split in (("train", "train"), ("test", "t10k")):
         assert np.array_equal(data[key][:, 0].numpy(), made[split][0])
         assert data[key + "_labels"].tolist() == made[split][1].tolist()
-    assert data["classes"][7] == ("Sneaker" if name == "fashion" else "7")
+    assert data["classes"] == sgu.DIGITS
     images, labels = raw / "train-images-idx3-ubyte", raw / "t10k-labels-idx1-ubyte"
     cut, wrong = images.read_bytes()[:-500], labels.read_bytes()[:-1] + b"\xc8"
     dull = labels.read_bytes()[:8] + bytes(20)
@@ -953,33 +946,18 @@ def test_no_data_and_no_network(name, tmp_path, offline):
     assert name in said and str(tmp_path) in said
     assert f"put {sgu.DATASETS[name][2]}" in said, said
 
-def test_other_layouts(monkeypatch):
-    """CIFAR-10 and STL-10 come as pictures of 32x32 and 96x96, CelebA as those of 178x218, with 40
-    attributes and one name too many; both large ones are seen at 64x64."""
-    from PIL import Image
+def test_cifar10_comes_as_an_array_and_large_images_are_seen_at_64(monkeypatch, tmp_path):
     from torchvision import datasets
-    def serve(kind, pictures, labels, **kw):
-        def part(root, half, transform, download):
-            got = map(transform, pictures) if transform else pictures
-            return type("Part", (list,), kw)(zip(got, labels))
-        monkeypatch.setattr(datasets, kind, part)
-    for name, kind, before, after in (("stl10", "STL10", 96, 64), ("cifar10", "CIFAR10", 32, 32)):
-        pixels = np.random.default_rng(0).integers(60, 90, (6, before, before, 3), dtype=np.uint8)
-        pixels[..., 1] = 7
-        serve(kind, [*map(Image.fromarray, pixels)], [0, 1] * 3, classes=["a", "b"])
+    pixels = np.random.default_rng(0).integers(60, 90, (6, 96, 96, 3), dtype=np.uint8)
+    pixels[..., 1] = 7
+    part = types.SimpleNamespace(data=pixels[:, :32, :32], targets=[0, 1] * 3, classes=["a", "b"])
+    monkeypatch.setattr(datasets, "CIFAR10", lambda root, train, download: part)
+    write_npz(tmp_path / "x.npz", images=pixels, labels=[0, 1] * 3, class_names=["a", "b"],
+              split=[0, 0, 0, 0, 1, 1])
+    for name, n, side in (("cifar10", 6, 32), (str(tmp_path / "x.npz"), 4, 64)):
         data = sgu.load_data(name, "nowhere")
-        assert data["train"].shape == (6, 3, after, after)
-        assert data["test_labels"].tolist() == [0, 1] * 3
+        assert data["train"].shape == (n, 3, side, side) and data["test_labels"].tolist()[:2] == [0, 1]
         assert (data["train"][:, 1] == 7).all() and data["train"][:, 0].float().std() > 1
-    picture = np.zeros((218, 178, 3), dtype=np.uint8)
-    picture[35:183, 15:163] = (10, 20, 30)             # the centre square of 148
-    picture[35:109, 15:163] = (40, 50, 60)
-    names = [f"attribute {i}" for i in range(40)] + [""]      # as the header's end is read
-    serve("CelebA", [Image.fromarray(picture)] * 2, torch.eye(40).long()[:2], attr_names=names)
-    data = sgu.load_data("celeba", "nowhere")
-    assert data["classes"] == names[:40] and data["train_labels"].shape == (2, 40)
-    assert data["train"].shape == (2, 3, 64, 64) and data["train_labels"].dtype == torch.bool
-    assert data["train"][0, :, [2, 60], 9].T.tolist() == [[40, 50, 60], [10, 20, 30]]
 
 # ==== 9. The judge ================================================================================
 
@@ -1274,13 +1252,16 @@ def test_likelihoods_are_refined(copied, capsys, monkeypatch):
     assert 32 < nll["steps"]["D_g"] < nll["steps"]["D_f"] == 512 and nll["error"]["D_f"] > se
     assert nll["converged"] == dict(D_g=True, D_f=False) and nll["se"]["D_g"] == pytest.approx(se)
     expect(nll["D_g"], 1.5 + 40 / nll["steps"]["D_g"], "the mean of the last level", 1e-6)
-    assert "not converged" in (copied[0] / "table.md").read_text(encoding="utf-8")
+    rows = (copied[0] / "table.md").read_text(encoding="utf-8").splitlines()
+    shown = [row.split("|")[1:3] for row in rows if "converged" in row]
+    assert [[word.strip() for word in row] for row in shown] == [
+        ["nll_bits_per_dim converged D_g", "True"], ["nll_bits_per_dim converged D_f", "False"]]
 
 def test_results_and_files(recorded):
     """Every field of results.json; a file per job, the table and pictures, and no more."""
     from PIL import Image
     r = recorded.results
-    assert set(r) >= {"config", "command", "device", "versions", "seconds", "judge", "methods"}
+    assert set(r) >= {"config", "command", "device", "seconds", "judge", "methods"}
     for name, value in dict(forget="two", sde="vp", seed=7, steps=8, batch_size=16, lr=0.02,
                             samples=150, sampler="ode", sampler_steps=2, precision="bfloat16",
                             likelihood_samples=4, recipe="balanced", training="finetune").items():
@@ -1419,7 +1400,7 @@ def test_ctrl_c_says_how_to_go_on(finished, tmp_path, small, capsys, monkeypatch
     "--steps 1.5: --steps 1.5", "--steps many: --steps many", "--alpha -0.1: --alpha -0.1",
     "--alpha 1.5: --alpha 1.5", "--alpha nan: --alpha nan", "--alpha 1: alpha 1.0",
     "--seed -1: --seed -1", "--lr inf: --lr inf", "--lr 0: --lr 0", "--pretrained no.pt: no.pt",
-    "--sde ddpm --sampler ancestral --sampler-steps 2000: 1000 2000", "--forget: --forget",
+    "--forget: --forget",
     *(f"--{name} {value}: --{name} {value}" for value in ("0", "-3") for name in (
         "steps", "unlearn-steps", "batch-size", "sampler-steps", "samples", "likelihood-samples"))])
 def test_options_that_will_not_do(line, tmp_path, small, capsys, monkeypatch):
@@ -1463,23 +1444,24 @@ def test_machines_and_folders_that_will_not_do(finished, tmp_path, small, capsys
     assert opt.likelihood_samples == sgu.PRESETS[28, "cpu"][10] != sgu.PRESETS["glyphs", "cpu"][10]
 
 def test_full_disk_and_memory(copied, capsys, monkeypatch):
-    """One line, nothing half-written stays behind, and what was there is whole. What nobody foresaw
-    keeps its traceback."""
+    """One line, nothing half-written takes a place, and what was there is whole. What nobody
+    foresaw keeps its traceback."""
     out, argv = copied
     before, argv = fingerprint(out), [*argv, "--methods", "standard,unseen"]
     def full(*args):
         raise OSError(28, "No space left on device", str(args[0]))
-    for owner, name in ((os, "replace"), (pathlib.Path, "write_bytes")):
+    for owner, name in ((os, "replace"), (torch, "save")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, full)
             check_refused(capsys, argv, "No space left")
-        assert fingerprint(out) == before
-    for error in ("Allocator: can't allocate memory", "CUDA out of memory. Tried", "else"):
+        assert {k: v for k, v in fingerprint(out).items() if k[0] != "."} == before  # drafts
+    for error in (MemoryError("Unable to allocate memory"), RuntimeError("else"),
+                  torch.OutOfMemoryError("CUDA out of memory. Tried")):
         def fail(*args, **kw):
-            raise RuntimeError(error)
+            raise error
         monkeypatch.setattr(sgu, "train", fail)
-        if error != "else":
-            check_refused(capsys, argv, "memory", "--batch-size")
+        if "else" not in str(error):
+            check_refused(capsys, argv, "memory")
         else:
             with pytest.raises(RuntimeError, match="else"):
                 command(capsys, *argv)
@@ -1512,14 +1494,12 @@ def test_changed_options_are_refused(argv, words, copied, capsys):
 
 def test_changed_data_are_refused_and_moved_ones_are_not(copied, finished, tmp_path, capsys,
                                                          monkeypatch):
-    """A data set is known by its content, and a loss by its text and what is bound to it."""
+    """A data set is known by its content."""
     out, argv = copied
     moved = shutil.copy(finished[1][1], tmp_path / "elsewhere.npz")
     with monkeypatch.context() as patch:
         forbid(patch, *WORK)
         assert command(capsys, *argv, "--dataset", moved)[0] == 0
-    one, two, text = (sgu.text_of(functools.partial(check_refused, words=v)) for v in (1, 2, open))
-    assert one != two and text == sgu.text_of(functools.partial(check_refused, words=open))
     write_shapes(moved, labels=np.roll(np.arange(240) % 4, 1))
     check_refused(capsys, [*argv, "--dataset", moved], "judge.pt", "data")
 

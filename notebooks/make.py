@@ -4,6 +4,9 @@
                                             results/README.md and the text of the notebooks
     python notebooks/make.py stale          list the results that today's code would not make; exit
                                             code 1 if one of those pages quotes such a file
+    python notebooks/make.py table OUT      the table of a finished run, with the paper's rows
+    python notebooks/make.py pairs OUT      add to OUT/results.json the paired differences of every
+                                            method to Unseen and Standard, with 95% intervals
     python notebooks/make.py ship FOLDER    a finished run on MNIST -> what is quoted and shipped:
                                             results/mnist-3,7.json, mnist_*.pt, before_after.png
     python notebooks/make.py run            execute every notebook, fail on the first error; with
@@ -24,7 +27,7 @@ fill writes between such a comment and the <!-- end --> that must follow it:
                                          NAME paper: of paper.json
     <!-- code: MODULE.NAME ... -->       needs no end: see kit.with_code
 """
-import json, pathlib, re, sys, textwrap, time
+import json, math, pathlib, re, sys, textwrap, time
 
 here = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
@@ -322,13 +325,56 @@ def fill():
 
 # ==== 3. Runs, notebooks, exercises ===============================================================
 
+def results_of(folder):
+    return json.loads((pathlib.Path(folder) / "results.json").read_text(encoding="utf-8"))
+
+
+def paired(a, b):
+    """a - b on the same n samples, (n,) each: its mean and 95% interval (normal; n = 1: None)."""
+    d = a.double() - b.double()
+    mean, spread = float(d.mean()), float(d.std(correction=min(1, len(d) - 1)))
+    half = 1.959964 * spread / math.sqrt(len(d))
+    return dict(mean=mean, ci95=[mean - half, mean + half] if len(d) > 1 else None)
+
+
+def pairs(folder):
+    """Add the entries minus unseen and minus standard to a run's results.json, of the ratio and of
+    the bits/dim: all methods start from the same noise and see the same test images, so that a
+    difference is known better than its two terms. What is compared stands in the run's files."""
+    import torch
+    import sgu
+    folder, results = pathlib.Path(folder), results_of(folder)
+    methods, config, measured = results["methods"], results["config"], {}
+
+    def values(task, method, n):
+        return sgu.read_file(folder / f"{task}_{method}.pt")["state"]["values"][:n]
+
+    for m, entry in methods.items():
+        found = measured[m] = {}
+        if "unlearning_ratio" in entry:
+            classes = list(entry["class_histogram"])
+            forget = torch.tensor([classes.index(name) for name in config["forget"].split(",")])
+            device = config["device"] if torch.cuda.is_available() else "cpu"
+            judge = sgu.load_judge(folder / "judge.pt", device)
+            images = values("samples", m, entry["unlearning_ratio"]["n"])
+            found["ratio"] = torch.isin(sgu.opinions(judge, images)[0].argmax(1), forget)
+        nll = entry.get("nll_bits_per_dim")
+        for part in PARTS if nll else ():
+            found[part] = values(f"likelihood_{part}_{nll['steps'][part]}", m, nll["n"][part])
+    for other in [m for m in ("unseen", "standard") if m in methods]:
+        for m in [m for m in methods if m != other]:
+            methods[m][f"minus {other}"] = {
+                key: paired(v, measured[other][key]) for key, v in measured[m].items()}
+    sgu.save_json(folder / "results.json", results)
+
+
 def ship(folder, columns=16, controls=4):
     """Copy the results, networks and judge of a finished run on MNIST to results/, and draw the
     picture of README: in its first columns Standard draws a clear 3 or 7, the last are controls."""
     import shutil
     import sgu
-    folder, out = pathlib.Path(folder), here / "results"
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    pairs(folder)                                              # the notebooks quote them
+    folder, out, results = pathlib.Path(folder), here / "results", results_of(folder)
     results["config"].update(out=None, data_root=None)         # where files lay says nothing
     sgu.save_json(out / "mnist-3,7.json", results)
     names = [m for m in ORDER if m in results["methods"] and m != "finetune"]
@@ -451,6 +497,10 @@ def main(command):
     elif command == ["stale"]:
         import stale
         sys.exit(stale.main())
+    elif command[:1] == ["table"] and len(command) == 2:
+        print(results_table(results_of(command[1])))
+    elif command[:1] == ["pairs"] and len(command) == 2:
+        pairs(command[1])
     elif command[:1] == ["ship"] and len(command) == 2:
         ship(command[1])
     elif command[:1] == ["run"]:

@@ -689,8 +689,8 @@ def test_rows_of_several_results_files(folder):
     "", "--dataset mnist --sde ddpm --sampler ancestral", "--dataset mnist --methods relative",
     "--dataset cifar10 --training retrain --methods obtuse,unseen --steps 50 --precision float32",
     "--dataset cifar10 --forget 9,8 --likelihood-samples 3",
-    "--dataset stl10 --samples 7 --lr 0.01 --batch-size 3 --unlearn-steps 9 --seed 4",
-    "--dataset celeba --device cuda --sampler em --alpha 0.5 --recipe paper --compile"])
+    "--dataset stl10.npz --forget airplane --samples 7 --lr 0.01 --batch-size 3 --seed 4",
+    "--dataset celeba.npz --forget Bangs --device cuda --sampler em --alpha 0.5 --compile"])
 def test_what_the_command_would_fill_in(argv, fast, monkeypatch):
     """Without any data: the same as resolve with data of the same name and size."""
     names = "0 1 2 3 4 5 6 7 automobile dog airplane Bangs".split()
@@ -698,14 +698,15 @@ def test_what_the_command_would_fill_in(argv, fast, monkeypatch):
     channels, side = dict(glyphs=(1, 28), mnist=(1, 28), cifar10=(3, 32)).get(opt.dataset, (3, 64))
     images = torch.zeros(24, channels, side, side, dtype=torch.uint8)
     labels = torch.arange(24) % 12
-    data = dict(name=opt.dataset, classes=names, train=images, train_labels=labels, test=images,
+    name = opt.dataset.removesuffix(".npz")
+    data = dict(name=name, classes=names, train=images, train_labels=labels, test=images,
                 test_labels=labels)
     machine = "a machine" + ", bfloat16" * fast
     monkeypatch.setattr(sgu, "load_data", lambda name, root: data)
     monkeypatch.setattr(sgu, "describe", lambda device: machine)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: opt.device == "cuda")
     config = json.loads(json.dumps(vars(sgu.resolve(opt)[0])))
-    results = dict(data=opt.dataset, config=config, device=machine)
+    results = dict(data=name, config=config, device=machine)
     want = json.loads(json.dumps(stale.of_command(results, argv.split())))
     methods = want.pop("methods")
     assert stale.differences(want, results) == []
