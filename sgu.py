@@ -74,7 +74,7 @@ class VP(Schedule):
         return -self.slope * t ** 2 / 4 - self.beta_min * t / 2
     def marginal(self, t):
         log_a = self.log_a(t)
-        return log_a.exp(), (-torch.expm1(2 * log_a)).sqrt()  # expm1: exact where s is small
+        return log_a.exp(), (-torch.expm1(2 * log_a)).sqrt()  # expm1: exact for small s
     def diffusion(self, t):
         return self.beta(t).sqrt()
     def time(self, sigma):  # log a = -log(1 + sigma^2)/2 is quadratic in t
@@ -337,7 +337,7 @@ def integrate_flow(score, sde, x, vectors, n, steps):
     d, ends = x[0].numel(), time_grid(sde, 1).flip(0)  # t_min, 1
     lo, hi = sde.sigma(ends).log().tolist()
     grid = sde.time(torch.linspace(lo, hi, 2 * steps + 1, dtype=ends.dtype).exp())
-    grid[0], grid[-1] = ends  # without rounding
+    grid[0], grid[-1] = ends
     def flow(w, i):  # dw/dl, its divergence at grid[i]
         a, s = sde.at(grid[i])
         sigma, c = s / a, math.hypot(1, s / a)
@@ -417,7 +417,7 @@ def inpaint(score, sde, x, mask, steps=40, repeats=10, generator=None):
     return torch.where(known, x, walk(step, score, sde, y, grid, generator))
 
 def reconstruct(score, sde, x, t=0.02, steps=20, generator=None):
-    """Noise x: (B, ...) to t in [0, 1], walk Eq. 4 back: (B, ...). The paper's t is faint noise."""
+    """Noise x: (B, ...) to t in [0, 1], walk Eq. 4 back: (B, ...). The paper's t is faint."""
     need(0 <= t <= 1, f"t in [0, 1], not {t}")
     if t <= sde.t_min:
         return x.clone()
@@ -499,7 +499,7 @@ def descend(model, ema, steps, lr, gradients, state=None):
         for part in parts[2:]:
             part.param_groups[0]["lr"] = lr * warm * (1 + cosine) / 2
             part.step()
-        decay = min(0.999, (1 + done) / (10 + done))  # short at first
+        decay = min(0.999, (1 + done) / (10 + done))
         for average, now in zip(ema.parameters(), model.parameters()):
             average.data.lerp_(now.data, 1 - decay)
         for average, now in zip(ema.buffers(), model.buffers()):
@@ -538,7 +538,7 @@ def train(model, ema, sde, keep, forget=None, forget_loss=None, alpha=None, *, s
     return descend(model, ema, steps, lr, gradients, state)
 
 # ======== PART TWO: THE EXPERIMENT ========
-# ==== 8. Data: uint8 tensors in memory, (N, C, H, W), with integer labels (N,)
+# ==== 8. Data: uint8 (N, C, H, W) in memory, with integer labels (N,)
 DIGITS = [str(i) for i in range(10)]
 DATASETS = dict(glyphs=("3,7", "ve", ""), mnist=("3,7", "ve", "MNIST/raw/*.gz"),  # --forget, --sde
                 cifar10=("automobile,dog", "vp", "cifar-10-batches-py/*"))  # and files in root
@@ -563,7 +563,7 @@ def load_data(name, root="data"):
                 x, y = x[order], y[order]
             data.update({half: x, half + "_labels": y})
         return data
-    except Exception as error:  # of many kinds
+    except Exception as error:
         hint = "see read_npz in sgu.py" if own else f"put {DATASETS[name][2]} into {root}"
         raise UsageError(f"{name} is missing or damaged; {hint} ({error!r})") from None
 def read_standard(name, root):  # -> classes, (images, labels) to train, to test
@@ -624,12 +624,12 @@ def choose(data, forget):
         need(gone.any() and not gone.all(), f"--forget {forget}: none, or all, of {half} images")
     tensors = filter(torch.is_tensor, [*data.values(), torch.tensor(data["forget"])])
     return dict(data, checksum=checksum(tensors))
-def is_forgotten(data, half):  # of data['train'] or data['test']: (N,) bool
+def is_forgotten(data, half):  # of train or test: (N,) bool
     return torch.isin(data[half + "_labels"], torch.tensor(data["forget"]))
-def checksum(tensors):  # one number for their content
+def checksum(tensors):  # of their content
     return reduce(lambda crc, v: zlib.crc32(v.cpu().contiguous().numpy(), crc), tensors, 0)
 
-# ==== 9. The judge: a classifier of the real images, with one more class, "none of these"
+# ==== 9. The judge: a classifier with one more class, "none of these"
 class Judge(nn.Module):
     """A nine-layer residual network, (B, C, H, W) in [-1, 1] -> logits (B, classes)."""
     def __init__(self, image_channels, classes, width):
@@ -676,7 +676,7 @@ def train_judge(data, width=16, steps=1000, lr=4e-3, batch_size=256, precision="
     def gradients(step):
         g = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(x), (batch_size,), generator=g)
-        i, j, flip = torch.randint(2 * pad + 1, (3,), generator=g).tolist()  # for the whole batch
+        i, j, flip = torch.randint(2 * pad + 1, (3,), generator=g).tolist()
         image, label = x[rows].float() / 127.5 - 1, y[rows]
         image = F.pad(image, [pad - j, j - pad, pad - i, i - pad], value=-1)
         if x.shape[1] == 3:  # half under faint noise, lest that decide
@@ -729,15 +729,15 @@ def judged(probs, features, data, reference, real=()):
 # ==== 10. The command
 class Method(NamedTuple):  # a way to make a model
     title: str
-    loss: Any = None             # of D_f; None: the keep loss alone
-    alpha: Any = None            # Eq. 11
-    keep: str = "D_g"            # what the keep loss sees: D or D_g
-    start: str = ""              # 'scratch' or 'standard'; '': as --training says
-    share: float = 0.15          # of --steps, if it starts from Standard
-    pace: float = 1.0            # of --lr, if it starts from Standard
+    loss: Any = None  # of D_f; None: the keep loss alone
+    alpha: Any = None  # Eq. 11
+    keep: str = "D_g"  # what the keep loss sees: D or D_g
+    start: str = ""  # 'scratch' or 'standard'; '': as --training says
+    share: float = 0.15  # of --steps, if it starts from Standard
+    pace: float = 1.0  # of --lr, if it starts from Standard
     window: tuple = EVERY_SIGMA  # sigma where the loss of D_f acts; balanced only
-    power: float = 0.5           # of its balanced_weight (train alone: 1/2)
-    prepare: Any = None          # (Standard's score, arguments of train) -> arguments of train
+    power: float = 0.5  # of its balanced_weight (train alone: 1/2)
+    prepare: Any = None  # (Standard's score, arguments of train) -> arguments of train
 def with_reference(score, arguments):  # for losses that compare with Standard's score
     return dict(arguments, forget_loss=partial(arguments["forget_loss"], reference=score))
 METHODS = dict(
@@ -767,25 +767,25 @@ def parse_options(argv=None):
     cli = argparse.ArgumentParser("sgu.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     cli.error, add = partial(need, False), cli.add_argument
     add("--dataset", default="glyphs", help=f"{', '.join(DATASETS)} or an .npz")
-    add("--forget", help="names or numbers of classes or attributes")
+    add("--forget", help="classes or attributes")
     add("--methods", default="standard,unseen,orthogonal,obtuse,relative", help=",".join(METHODS))
     add("--tasks", default="sample,likelihood", help=",".join(TASKS))
     add("--training", choices=("finetune", "retrain"), default="finetune", help="from Standard?")
-    add("--recipe", choices=RECIPES, default="balanced", help="ours (section 7), or the paper's")
-    add("--pretrained", help="the standard.pt of an earlier run")
-    add("--sde", choices=SCHEDULES, help="default: ve for digits, else vp")
+    add("--recipe", choices=RECIPES, default="balanced", help="ours or the paper's")
+    add("--pretrained", help="an earlier standard.pt")
+    add("--sde", choices=SCHEDULES, help="ve for digits, else vp")
     add("--sampler", choices=SAMPLERS)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--precision", choices=("float32", "bfloat16"))
     add("--alpha", type=float, help="of Eq. 11")
-    add("--lr", type=float, help="peak rate")
+    add("--lr", type=float)
     for name in "steps unlearn-steps batch-size sampler-steps samples likelihood-samples".split():
         add(f"--{name}", type=int, help="default: see PRESETS")
     add("--seed", type=int, default=0)
-    add("--data-root", default="data", help="folder of the data sets")
+    add("--data-root", default="data")
     add("--out", help="folder of the results")
     add("--fresh", action="store_true", help="overwrite what is in --out")
-    add("--compile", action="store_true", help="the network, by torch")
+    add("--compile", action="store_true")
     opt = cli.parse_args(argv)
     ranges = dict(alpha=(0, 1), lr=(1e-9, 10), seed=(0, 2**31))
     for name, value in vars(opt).items():
@@ -797,7 +797,7 @@ def parse_options(argv=None):
         need({*words} <= {*known}, f"--{name} {','.join(words)}: not of {','.join(known)}")
         setattr(opt, name, ",".join(dict.fromkeys(words)))
     return opt
-def as_words(options, *hidden):  # dict(lr=0.1, fresh=True) -> --lr 0.1 --fresh; no defaults
+def as_words(options, *hidden):  # dict(lr=0.1, fresh=True) -> --lr 0.1 --fresh
     usual = vars(parse_options([])) | {key: options.get(key) for key in hidden}
     given = {f"--{k.replace('_', '-')}": v for k, v in options.items() if v != usual.get(k)}
     return [str(word) for pair in given.items() for word in pair if word is not True]
@@ -839,15 +839,15 @@ def resolve(opt):
     opt.sde, opt.out = opt.sde or sde, opt.out or f"runs/{'-'.join(words)}"
     _, channels, side, _ = data["train"].shape
     fill_in(opt, channels, side, describe("cpu"))
-    time_grid(SCHEDULES[opt.sde](), 1)  # refuses a bad schedule early
+    time_grid(SCHEDULES[opt.sde](), 1)  # refuses a bad one
     if opt.pretrained:
-        opt.network = load_model(opt.pretrained)[0].config  # of any --sde: it knows sigma
+        opt.network = load_model(opt.pretrained)[0].config
     unit = opt.network["patch"] * 2 ** (len(opt.network["channels"]) - 1)
     need(channels == opt.network["image_channels"] and side % unit == 0 and side > 7,
          f"the network takes no images with {channels} channels, {side} pixels wide")
     return opt, data
 
-def say(text, end="\n"):  # to standard error, if there is one
+def say(text, end="\n"):  # to stderr, if there is one
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=sys.stderr or io.StringIO(), flush=True)
 def replace_file(path, content):  # text, or write(file); never half a file
@@ -868,7 +868,7 @@ def read_file(path, kind=None):
             saved["network"] = kind(**saved["config"]["network"]).eval().requires_grad_(False)
             saved["network"].load_state_dict(saved["state"]["weights"])
         return saved
-    except Exception as error:  # of many kinds
+    except Exception as error:
         raise UsageError(f"{path} is no whole file of sgu.py ({error!r:.99})") from None
 
 def finish(label, opt, job, kind=None, **config):
@@ -927,7 +927,7 @@ def get_model(method, opt, data):  # trained now or earlier: what read_file give
                   network=opt.network, noise_law=recipe.noise_law,
                   start=checksum(model.state_dict().values()))
     x = data["train"].to(opt.device)
-    if x.shape[1] == 3 and len(x) < 10_000:  # few photographs: mirrored, too
+    if x.shape[1] == 3 and len(x) < 10_000:  # few: mirrored, too
         x, gone = torch.cat([x, x.flip(3)]), gone.repeat(2)
     given.update(model=model, ema=copy.deepcopy(model).requires_grad_(False), sde=sde,
                  keep=x if how.keep == "D" else x[~gone], forget=x[gone] if how.loss else None,
@@ -990,7 +990,7 @@ def restored(before, after, labels, judge):  # what the judge sees after inpaint
     return dict(accuracy=right / n, ci95=wilson(right, n), n=n,
                 clean=float((was.argmax(1) == labels).float().mean()),
                 distance=float((features - clean).norm(dim=1).mean()))
-def flat(value, row=""):  # a method's entry in the results -> {row of the table: text}
+def flat(value, row=""):  # an entry of the results -> {row: text}
     if not isinstance(value, dict):
         form = {float: "{:.3f}", list: "{0[0]:.3f} to {0[1]:.3f}"}.get(type(value), "{}")
         return {row.strip(): form.format(value)}
@@ -1086,7 +1086,7 @@ def run(opt, judge=None):
 def main(argv=None):  # exit codes: 0 done, 2 something to mend, 130 Ctrl-C
     try:
         run(parse_options(argv))
-    except BrokenPipeError:  # all is saved; nobody reads on
+    except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
     except KeyboardInterrupt:
         say("\nsgu: stopped; the same command goes on from the last save (without --fresh)")
