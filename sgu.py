@@ -288,7 +288,7 @@ def multistep(noisy):
     return step
 
 @torch.no_grad()
-def walk(step, score, sde, x, grid, rng):  # from x at grid[0] to the last mean image
+def walk(step, score, sde, x, grid, rng):  # from x at grid[0] to a mean image
     for t, t_next in zip(grid, grid[1:]):
         x = step(score, sde, x, t, t_next, rng)
     return denoise(score, sde, x, grid[-1])
@@ -596,14 +596,15 @@ def read_npz(path):
 def draw_glyphs(n, seed, side=28):
     """n digits of two fonts, turned and moved at random: (n, 1, side, side) uint8, labels (n,)."""
     from matplotlib import get_data_path
-    fonts = [ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVu{name}.ttf", 50)
-             for name in ("Sans", "Serif")]
-    rng, images = np.random.default_rng(seed), []
+    rng, plates, images = np.random.default_rng(seed), [], []
+    for name in ("Sans", "Serif"):
+        font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVu{name}.ttf", 50)
+        for digit in DIGITS:
+            plates.append(Image.new("L", (56, 56)))
+            ImageDraw.Draw(plates[-1]).text((28, 28), digit, 255, font, anchor="mm")
     which = rng.integers(20, size=n)
     for i, angle, move in zip(which, rng.uniform(-3, 3, n), rng.uniform(-0.7, 0.7, (n, 2))):
-        image = Image.new("L", (56, 56))
-        ImageDraw.Draw(image).text((28, 28), DIGITS[i % 10], 255, fonts[i // 10], anchor="mm")
-        image = image.rotate(angle, Image.BILINEAR, translate=tuple(move))
+        image = plates[i].rotate(angle, Image.BILINEAR, translate=tuple(move))
         images.append(np.array(image.resize((side, side), Image.BOX)))
     return torch.tensor(np.stack(images))[:, None], torch.tensor(which % 10)
 
@@ -624,7 +625,7 @@ def choose(data, forget):
         need(gone.any() and not gone.all(), f"--forget {forget}: none, or all, of {half} images")
     tensors = filter(torch.is_tensor, [*data.values(), torch.tensor(data["forget"])])
     return dict(data, checksum=checksum(tensors))
-def is_forgotten(data, half):  # of train or test: (N,) bool
+def is_forgotten(data, half):  # (N,) bool
     return torch.isin(data[half + "_labels"], torch.tensor(data["forget"]))
 def checksum(tensors):  # of their content
     return reduce(lambda crc, v: zlib.crc32(v.cpu().contiguous().numpy(), crc), tensors, 0)
@@ -896,7 +897,6 @@ def finish(label, opt, job, kind=None, **config):
                 end="\n" if done else "\r")
     opt.seconds[label] = saved["seconds"]
     return read_file(path, kind) if kind else saved
-
 def load_model(path, device="cpu"):
     """A finished <method>.pt -> (network, schedule): make_score of these two is its score."""
     saved = read_file(path, UNet)

@@ -956,7 +956,8 @@ def test_cifar10_comes_as_an_array_and_large_images_are_seen_at_64(monkeypatch, 
               split=[0, 0, 0, 0, 1, 1])
     for name, n, side in (("cifar10", 6, 32), (str(tmp_path / "x.npz"), 4, 64)):
         data = sgu.load_data(name, "nowhere")
-        assert data["train"].shape == (n, 3, side, side) and data["test_labels"].tolist()[:2] == [0, 1]
+        assert data["train"].shape == (n, 3, side, side)
+        assert data["test_labels"].tolist()[:2] == [0, 1]
         assert (data["train"][:, 1] == 7).all() and data["train"][:, 0].float().std() > 1
 
 # ==== 9. The judge ================================================================================

@@ -345,6 +345,9 @@ def pairs(folder):
     import sgu
     folder, results = pathlib.Path(folder), results_of(folder)
     methods, config, measured = results["methods"], results["config"], {}
+    sampled = any("unlearning_ratio" in entry for entry in methods.values())
+    device = config["device"] if torch.cuda.is_available() else "cpu"
+    judge = sgu.load_judge(folder / "judge.pt", device) if sampled else None
 
     def values(task, method, n):
         return sgu.read_file(folder / f"{task}_{method}.pt")["state"]["values"][:n]
@@ -354,8 +357,6 @@ def pairs(folder):
         if "unlearning_ratio" in entry:
             classes = list(entry["class_histogram"])
             forget = torch.tensor([classes.index(name) for name in config["forget"].split(",")])
-            device = config["device"] if torch.cuda.is_available() else "cpu"
-            judge = sgu.load_judge(folder / "judge.pt", device)
             images = values("samples", m, entry["unlearning_ratio"]["n"])
             found["ratio"] = torch.isin(sgu.opinions(judge, images)[0].argmax(1), forget)
         nll = entry.get("nll_bits_per_dim")

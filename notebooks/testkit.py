@@ -7,7 +7,6 @@ import contextlib
 import copy
 import inspect
 import io
-import json
 import os
 import pathlib
 import shutil
@@ -24,6 +23,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "exercises")]
 
 import sgu
+from make import results_of
 
 torch.set_num_threads(1)                       # on tensors this small a second thread only costs
 
@@ -129,10 +129,6 @@ def check_refused(capsys, argv, *words):
     assert [line[:5] for line in lines].count("sgu: ") == (lines[-1][:5] == "sgu: ") == 1, said
     assert all(str(word) in lines[-1] for word in words), f"{argv} must say {words}: {lines[-1]}"
     assert "delete" not in lines[-1], "nobody is told to delete a file"
-
-
-def results_of(out):
-    return json.loads((pathlib.Path(out) / "results.json").read_text(encoding="utf-8"))
 
 
 def fingerprint(out, end=""):
